@@ -1,0 +1,5 @@
+"""`python -m umbif`: what torchrun and child processes call."""
+
+from umbif.cli import main
+
+main()

@@ -1,0 +1,54 @@
+"""Errors for people: what is wrong, what was found, how to cure it; all of them at once, and never a traceback."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that a person can put right."""
+
+    what: str
+    got: str = ""
+    cure: str = ""
+
+    def __str__(self) -> str:
+        line = self.what if not self.got else f"{self.what}: got {self.got}"
+        return line if not self.cure else f"{line}. {self.cure}"
+
+
+class UmbifError(Exception):
+    """The work could not be done. The command line prints the message and ends with exit code 1."""
+
+    exit_code = 1
+
+
+class UsageError(UmbifError):
+    """What was asked for cannot be meant so. Ends with exit code 2.
+
+    Args:
+        problems: All of the problems found, not only the first.
+        where: What they were found in (a recipe, a table, a folder).
+    """
+
+    exit_code = 2
+
+    def __init__(self, problems: Problem | Sequence[Problem], where: str = "") -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        super().__init__(self._text(where))
+
+    def _text(self, where: str) -> str:
+        if len(self.problems) == 1 and not where:
+            return str(self.problems[0])
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        return "\n".join([f"{count} in {where}:" if where else f"{count}:", *(f"  {p}" for p in self.problems)])
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint such as `Did you mean mask_ratio?`, or the valid names where none is near."""
+    names = [str(v) for v in valid]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean {close[0]}?"
+    return f"Valid: {', '.join(sorted(names))}." if names else ""

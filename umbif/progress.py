@@ -1,0 +1,51 @@
+"""Progress of long work: one calm bar on a terminal, a line every few seconds in a log file."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+console = Console(highlight=False, soft_wrap=True)
+LOG_EVERY_S = 15.0
+
+
+def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    """Yields `items` and shows how far the work is and how long it still takes."""
+    yield from _bar(items, what, total) if sys.stdout.isatty() else _lines(items, what, total)
+
+
+def duration(seconds: float) -> str:
+    """`95` → `1 min 35 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _bar(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total)
+        for item in items:
+            yield item
+            progress.advance(task)
+
+
+def _lines(items: Iterable[T], what: str, total: int) -> Iterator[T]:
+    start = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_S and done < total:
+            left = duration((now - start) / done * (total - done))
+            print(f"{what}  {done}/{total}  about {left} left", flush=True)
+            last = now
+    print(f"{what}  {done}/{total}  {duration(time.monotonic() - start)}", flush=True)
