@@ -1,0 +1,362 @@
+"""Folders as the field writes them become one true table: who, which sequence, whose labels, which split."""
+
+import gzip
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from umbif.corpus.checks import duplicates, inspect, perceptual_hash
+from umbif.corpus.datasets import Found, find_volumes, parse_name
+from umbif.corpus.index import _inspect_all, build_manifest, summary
+from umbif.corpus.manifest import (
+    COLUMNS,
+    assign_persons,
+    assign_splits,
+    join_labels,
+    label_columns,
+    read_manifest,
+    write_manifest,
+)
+from umbif.corpus.readers import read_volume
+from umbif.errors import UsageError
+
+
+def brain(seed: int) -> np.ndarray:
+    data = np.zeros((14, 16, 12), np.int16)
+    data[2:-2, 2:-2, 2:-2] = np.random.default_rng(seed).integers(50, 120, (10, 12, 8))
+    return data
+
+
+def save(path: Path, data: np.ndarray, affine=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(data, np.diag([-1.0, -1, 1, 1]) if affine is None else affine), path)
+    return path
+
+
+NAMES = {
+    "BraTS2021_00006/BraTS2021_00006_flair": ("BraTS2021_00006", "", "image", "flair"),
+    "BraTS2021_00006/BraTS2021_00006_seg": ("BraTS2021_00006", "", "tumour_mask", ""),
+    "BraTS-GLI-00000-000/BraTS-GLI-00000-000-t1n": ("BraTS-GLI-00000", "000", "image", "t1"),
+    "BraTS-GLI-00000-001/BraTS-GLI-00000-001-t2f": ("BraTS-GLI-00000", "001", "image", "flair"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_T1c_bias": ("UCSF-PDGM-0004", "", "image", "t1ce"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_T1gad": ("UCSF-PDGM-0004", "", "image", "t1ce"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_ADC": ("UCSF-PDGM-0004", "", "image", "adc"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_DWI_bias": ("UCSF-PDGM-0004", "", "image", "dwi"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_SWI": ("UCSF-PDGM-0004", "", "image", "swi"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_DTI_eddy_FA": ("UCSF-PDGM-0004", "", "image", "other"),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_brain_segmentation": ("UCSF-PDGM-0004", "", "brain_mask", ""),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_tumor_segmentation": ("UCSF-PDGM-0004", "", "tumour_mask", ""),
+    "UCSF-PDGM-0004_nifti/UCSF-PDGM-0004_brain_parenchyma_segmentation": ("UCSF-PDGM-0004", "", "image", "other"),
+    "UCSF-PDGM-0429_FU002d_nifti/UCSF-PDGM-0429_FU002d_FLAIR": ("UCSF-PDGM-0429", "002d", "image", "flair"),
+    "UPENN-GBM-00001_11/UPENN-GBM-00001_11_T1GD": ("UPENN-GBM-00001", "11", "image", "t1ce"),
+    "UPENN-GBM-00001_11_automated_approx_segm": ("UPENN-GBM-00001", "11", "tumour_mask", ""),
+    "TCGA-FG-6692/atlas_bet/TCGA-FG-6692_fla_bet": ("TCGA-FG-6692", "", "image", "flair"),
+    "TCGA-FG-6692/atlas_bet/TCGA-FG-6692_seg_fused-mav": ("TCGA-FG-6692", "", "tumour_mask", ""),
+    "TCGA-FG-6692/atlas_bet/TCGA-FG-6692_brainmask": ("TCGA-FG-6692", "", "brain_mask", ""),
+    "sub-01/ses-02/anat/sub-01_ses-02_ce-gadolinium_T1w": ("sub-01", "02", "image", "t1ce"),
+    "sub-01/ses-02/anat/sub-01_ses-02_acq-3d_run-1_T1w": ("sub-01", "02", "image", "t1"),
+    "sub-01/anat/sub-01_FLAIR": ("sub-01", "", "image", "flair"),
+    "sub-01/anat/sub-01_desc-brain_mask": ("sub-01", "", "brain_mask", ""),
+    "sub-01/perf/sub-01_asl": ("sub-01", "", "image", "other"),
+    "MU/PatientID_0003/Timepoint_1/PatientID_0003_Timepoint_1_brain_t1c": ("PatientID_0003", "1", "image", "t1ce"),
+    "site-a/phantom-0001_ses-2/phantom-0001_ses-2_T1GD": ("phantom-0001", "2", "image", "t1ce"),
+    "p007/t1": ("p007", "", "image", "t1"),
+    "p007/20200101/T1CE": ("p007", "20200101", "image", "t1ce"),
+    "p007/ses-02/anat/flair": ("p007", "02", "image", "flair"),
+    "p007/brain_mask": ("p007", "", "brain_mask", ""),
+    "p007/tumour": ("p007", "", "tumour_mask", ""),
+    "all/PatientA_t1_post": ("PatientA", "", "image", "t1ce"),
+    "S1_T1_pre_contrast": ("S1", "", "image", "t1"),
+    "S1_t2_flair": ("S1", "", "image", "flair"),
+    "S1-T2w": ("S1", "", "image", "t2"),
+    "BRAIN-0001_t1": ("BRAIN-0001", "", "image", "t1"),
+    "someones_anatomy": ("someones_anatomy", "", "image", "other"),
+    "t2": ("data", "", "image", "t2"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("ending", [".nii.gz", ".NII"])
+def test_names_are_read_as_the_field_writes_them(name, ending):
+    root = Path("/somewhere/data")
+    assert tuple(parse_name(root / f"{name}{ending}", root)) == NAMES[name]
+
+
+def test_links_out_of_the_source_are_quarantined_and_links_inside_are_not(tmp_path):
+    outside = save(tmp_path / "elsewhere/secret_t1.nii.gz", brain(0))
+    source = tmp_path / "source"
+    inside = save(source / "raw/p1_t1.nii", brain(1))
+    (source / "p2_t1.nii").symlink_to(inside)
+    (source / "p3_t1.nii.gz").symlink_to(outside)
+    (source / "linked").symlink_to(outside.parent)
+    save(source / ".hidden/p4_t1.nii", brain(2))
+    (source / "._p1_t1.nii").write_bytes(b"finder")
+    (source / "notes.txt").write_text("nii")
+    reasons = {found.path.name: found.reason for found in find_volumes([source])}
+    outside_code = "symlink_outside"
+    assert reasons == {"p1_t1.nii": "", "p2_t1.nii": "", "p3_t1.nii.gz": outside_code, "linked": outside_code}
+
+
+def test_sources_that_cannot_be_meant_are_refused(tmp_path):
+    for folder in ("a/images", "b/images"):
+        save(tmp_path / folder / "p1_t1.nii", brain(0))
+    with pytest.raises(UsageError, match="same name"):
+        find_volumes([tmp_path / "a/images", tmp_path / "b/images"])
+    assert len(find_volumes([tmp_path / "a/images", tmp_path / "b/images"], "both")) == 2
+    assert len(find_volumes([tmp_path, tmp_path / "a/images/p1_t1.nii"])) == 2
+    with pytest.raises(UsageError, match="no such folder"):
+        build_manifest([tmp_path / "gone"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="dcm2niix"):
+        build_manifest([tmp_path / "empty"])
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Three exams of two subjects, a copy of one volume under another name, a mask and three bad files."""
+    root = tmp_path_factory.mktemp("data") / "cohort"
+    for seed, exam in enumerate(("P-001_ses-1", "P-001_ses-2", "P-002_ses-1")):
+        save(root / exam / f"{exam}_t1.nii.gz", brain(2 * seed))
+        save(root / exam / f"{exam}_FLAIR.nii.gz", brain(2 * seed + 1))
+    save(root / "P-002_ses-1/P-002_ses-1_seg.nii.gz", (brain(4) > 0).astype(np.uint8))
+    turned = np.ascontiguousarray(brain(4)[::-1].astype(np.float32))
+    save(root / "copy/X-9_t1.nii", turned, np.array([[1.0, 0, 0, -13], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+    (root / "P-003_t1.nii.gz").write_bytes(b"")
+    (root / "P-004_t2.nii.gz").write_bytes(gzip.compress(b"no image"))
+    save(root / "P-005_brainmask.nii.gz", np.zeros((5, 5, 5), np.uint8))
+    return root
+
+
+@pytest.fixture(scope="module")
+def manifest(cohort) -> pd.DataFrame:
+    return build_manifest([cohort], test_fraction=0.5, num_workers=0)
+
+
+def test_the_manifest_says_what_is_in_the_files(cohort, manifest):
+    assert tuple(manifest.columns) == COLUMNS
+    row = manifest[manifest["path"].str.endswith("P-001_ses-2_FLAIR.nii.gz")].iloc[0]
+    assert (row["exam"], row["role"], row["sequence"]) == ("cohort/P-001/2", "image", "flair")
+    assert (row["shape"], row["spacing_mm"], row["axcodes"], row["dtype"]) == ([14, 16, 12], [1, 1, 1], "LPS", "int16")
+    assert row["bytes"] == os.path.getsize(row["path"])
+    assert (row["status"], row["reason"], row["site"]) == ("ok", "", "cohort")
+    bad = manifest[manifest["status"] == "quarantined"].set_index("subject")["reason"].to_dict()
+    assert bad == {"P-003": "empty_file", "P-004": "not_nifti", "P-005": "constant"}
+
+
+def test_one_person_is_one_side_even_under_another_name_and_storage(manifest):
+    same = duplicates(manifest)
+    assert sorted(same["subject"]) == ["P-002", "X-9"]
+    assert same["dtype"].nunique() == 2
+    assert same["axcodes"].nunique() == 2
+    persons = manifest.groupby("subject")["person"].unique()
+    assert persons["X-9"] == persons["P-002"] != persons["P-001"]
+    assert manifest.groupby("person")["split"].nunique().max() == 1
+    assert set(manifest[manifest["status"] == "ok"]["split"]) == {"train", "test"}
+
+
+def test_the_summary_names_bad_files_relative_to_the_source(cohort, manifest):
+    text = summary(manifest)
+    assert "4 exams of 2 persons" in text
+    assert "flair 3" in text
+    assert "t1 4" in text
+    assert "tumour_mask 1" in text
+    assert "    P-003_t1.nii.gz" in text
+    assert str(cohort) not in text
+    many = pd.concat([manifest[manifest["status"] != "ok"]] * 30)
+    assert len(summary(many).splitlines()) < 25
+
+
+def _crash_on_bad_name(found: Found) -> dict:
+    if found.subject == "P-004":
+        os._exit(9)
+    return inspect(found)
+
+
+def test_a_reader_that_dies_costs_its_file_only(cohort, manifest):
+    rows = list(_inspect_all(find_volumes([cohort]), 2, _crash_on_bad_name))
+    reasons = {row["path"]: row["reason"] for row in rows}
+    expected = dict(zip(manifest["path"], manifest["reason"], strict=True))
+    crashed = next(path for path in expected if "P-004" in path)
+    assert reasons == expected | {crashed: "reader_crashed"}
+
+
+def test_processes_give_the_same_table_as_one(cohort, manifest):
+    again = build_manifest([cohort], test_fraction=0.5, num_workers=2)
+    pd.testing.assert_frame_equal(again, manifest)
+
+
+def test_the_perceptual_hash_ignores_scale_and_storage_and_tells_brains_apart(tmp_path):
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, 24)] * 3, indexing="ij")
+    one = np.where(x**2 + y**2 + z**2 < 0.8, 500 + 200 * x + 90 * y * z, 0)
+    other = np.where(x**2 + y**2 + z**2 < 0.8, 500 - 200 * x + 90 * y * z, 0)
+    stored = {
+        "one": save(tmp_path / "a.nii", one.astype(np.int16)),
+        "scaled": save(tmp_path / "b.nii", (one * 3.7).astype(np.float32)),
+        "turned": save(tmp_path / "c.nii", one.astype(np.int16)[:, ::-1], np.diag([-1.0, 1, 1, 1])),
+        "other": save(tmp_path / "d.nii", other.astype(np.int16)),
+    }
+    hashes = {name: int(perceptual_hash(read_volume(path)), 16) for name, path in stored.items()}
+    assert (hashes["one"] ^ hashes["scaled"]).bit_count() <= 2
+    assert (hashes["one"] ^ hashes["turned"]).bit_count() <= 2
+    assert (hashes["one"] ^ hashes["other"]).bit_count() > 12
+
+
+def rows(*exams: tuple[str, str, str], **columns) -> pd.DataFrame:
+    """A manifest of usable images with the given (dataset, subject, session)."""
+    table = pd.DataFrame(list(exams), columns=["dataset", "subject", "session"])
+    table["exam"] = ["/".join(filter(None, exam)) for exam in exams]
+    table = table.assign(person="", site=table["dataset"], role="image", sequence="t1", status="ok", split="")
+    table = table.assign(voxel_sha256=[f"sha{i}" for i in range(len(table))], **columns)
+    for column in COLUMNS:
+        if column not in table:
+            table[column] = [[1]] * len(table) if column in ("shape", "spacing_mm") else 0 if column == "bytes" else ""
+    return table[list(COLUMNS)]
+
+
+def test_persons_are_joined_by_labels_by_voxels_and_through_each_other():
+    table = rows(("A", "1", ""), ("A", "2", "x"), ("A", "2", "y"), ("B", "9", ""), ("B", "8", ""), ("B", "7", ""))
+    table["person"] = ["", "", "Z", "Z", "", ""]
+    table["voxel_sha256"] = ["same", "b", "c", "d", "same", "e"]
+    assert list(assign_persons(table)["person"]) == ["A/1", "Z", "Z", "Z", "A/1", "B/7"]
+    quarantined = assign_persons(table.assign(status="quarantined", person=""))
+    assert list(quarantined["person"]) == ["A/1", "A/2", "A/2", "B/9", "B/8", "B/7"]
+
+
+def test_splits_are_by_person_seeded_and_stable_when_exams_are_added():
+    table = assign_persons(rows(*[("A", str(i // 2), str(i % 2)) for i in range(400)]))
+    split = assign_splits(table, 0.2, seed=3)
+    sides = split.groupby("person")["split"].unique()
+    assert sides.map(len).max() == 1
+    assert (sides.map(lambda side: side[0]) == "test").sum() == 40
+    shuffled = assign_splits(table.sample(frac=1, random_state=0), 0.2, seed=3)["split"].sort_index()
+    assert list(shuffled) == list(split["split"])
+    assert list(assign_splits(table, 0.2, seed=4)["split"]) != list(split["split"])
+    more = assign_splits(assign_persons(rows(*[("A", str(i // 2), str(i % 2)) for i in range(440)])), 0.2, seed=3)
+    assert (more["split"][:400] != split["split"]).mean() < 0.06
+    assert set(assign_splits(table, 0)["split"]) == {"train"}
+    with pytest.raises(UsageError, match="test_fraction"):
+        assign_splits(table, 1.5)
+
+
+def table_file(tmp_path: Path, text: str, name: str = "labels.csv") -> Path:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig")
+    return path
+
+
+def test_labels_are_joined_verbatim_by_whatever_spelling_of_the_subject(tmp_path, capsys):
+    table = rows(("U", "UCSF-PDGM-0004", ""), ("U", "UPENN-GBM-00001", "11"), ("U", "sub-07", "02"), ("U", "P9", ""))
+    text = 'ID;IDH, status;age\nucsf_pdgm_004;"wildtype";066\nUPENN-GBM-00001_11;0;NA\n7-2; mutant ;1.0\n'
+    joined = join_labels(table, table_file(tmp_path, text))
+    assert label_columns(joined) == ["IDH, status", "age"]
+    assert list(joined["IDH, status"]) == ["wildtype", "0", " mutant ", ""]
+    assert list(joined["age"]) == ["066", "NA", "1.0", ""]
+    assert "3 of 4 exams have a row" in capsys.readouterr().out
+
+
+def test_a_session_column_tells_the_exams_of_a_subject_apart(tmp_path):
+    table = rows(("A", "P1", ""), ("A", "P1", "2"), ("A", "P2", "1"))
+    text = "subject\tsession\tperson\tsite\tidh\nP1\t\thuman-1\tBonn\t0\nP1\tses-02\thuman-1\t\t1\n"
+    joined = join_labels(table, table_file(tmp_path, text, "labels.tsv"))
+    assert list(joined["idh"]) == ["0", "1", ""]
+    assert list(joined["person"]) == ["human-1", "human-1", ""]
+    assert list(joined["site"]) == ["Bonn", "A", "A"]
+
+
+def test_rows_of_one_exam_that_agree_become_one_and_torn_columns_are_left_out(tmp_path, capsys):
+    table = rows(("A", "P1", ""), ("A", "P2", ""))
+    text = "case_id,slide,idh,mgmt\nP1,s1,mut,\nP1,s2,mut,meth\nP2,s3,wt,\n"
+    joined = join_labels(table, table_file(tmp_path, text))
+    assert label_columns(joined) == ["idh", "mgmt"]
+    assert list(joined["mgmt"]) == ["meth", ""]
+    assert "left out 'slide'; its rows disagree within 1 exams" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ID,idh\nQ1,0\n", "No row of labels.csv belongs to an exam.*such as P-01"),
+        ("weight,grade\n1,2\n2,3\n", "No row"),
+        ("ID,shape\nP-01,round\n", "has: got shape. Rename"),
+        ("ID,idh\nP-01,0\nP-1,1\n", "ambiguous"),
+        ("ID,idh\n77,1\n", "more than one subject"),
+        ("ID,idh\nP-01,0\nP-01,1\n", "disagree: got idh in 1 exams"),
+        ("ID,person,idh\nP-01,a,1\nP-01,b,1\n", "disagree: got person in 1 exams"),
+        ("ID,idh,idh\nP-01,0,1\n", "named twice: idh"),
+        ("ID,idh\nP-01,0,1\n", "row 2 has 3 cells"),
+        ("", "no rows"),
+    ],
+)
+def test_label_tables_that_cannot_be_meant_are_refused(tmp_path, text, message):
+    table = rows(("A", "P-01", ""), ("A", "1", ""), ("A", "77", ""), ("B", "77", ""))
+    with pytest.raises(UsageError, match=message):
+        join_labels(table, table_file(tmp_path, text))
+
+
+def test_a_dataset_column_keeps_equal_names_of_data_sets_apart(tmp_path):
+    table = rows(("A", "77", ""), ("B", "77", ""))
+    joined = join_labels(table, table_file(tmp_path, "dataset,subject,idh\nA,77,0\nB,77,1\n"))
+    assert list(joined["idh"]) == ["0", "1"]
+
+
+def test_a_manifest_comes_back_as_written_and_an_older_one_is_kept(tmp_path, manifest):
+    path = tmp_path / "manifest.parquet"
+    labelled = manifest.assign(**{"1p/19q": "intact"})
+    assert write_manifest(manifest, path) is None
+    pd.testing.assert_frame_equal(read_manifest(path), manifest)
+    assert write_manifest(manifest, path) is None
+    kept = write_manifest(labelled, path)
+    pd.testing.assert_frame_equal(read_manifest(path), labelled)
+    pd.testing.assert_frame_equal(read_manifest(kept), manifest)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, kept.name])
+
+
+def test_what_is_no_manifest_is_neither_read_nor_overwritten(tmp_path, manifest):
+    other = tmp_path / "results.parquet"
+    pd.DataFrame({"auc": [0.9]}).to_parquet(other)
+    text = table_file(tmp_path, "subject\n1\n")
+    for path in (other, text, tmp_path / "gone.parquet"):
+        with pytest.raises(UsageError):
+            read_manifest(path)
+    for path in (other, text, tmp_path / "gone/manifest.parquet"):
+        before = path.read_bytes() if path.exists() else None
+        with pytest.raises(UsageError):
+            write_manifest(manifest, path)
+        assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_real_exams_are_grouped_and_labelled(real_data):
+    names = ("BraTS2021_00006", "TCGA-FG-6692", "TCGA-DU-7294")
+    found = find_volumes([real_data / name for name in names], "glioma")
+    grouped: dict[str, list[str]] = {}
+    for item in found:
+        if "broken" not in item.path.parts:
+            grouped.setdefault(item.subject, []).append(item.sequence or item.role)
+    four = ["flair", "t1", "t1ce", "t2"]
+    assert {subject: sorted(volumes) for subject, volumes in grouped.items()} == {
+        "BraTS2021_00006": sorted([*four, "tumour_mask", "tumour_mask"]),
+        "TCGA-FG-6692": sorted([*four, "tumour_mask", "brain_mask"]),
+        "TCGA-DU-7294": four,
+    }
+    table = rows(*sorted({(item.dataset, item.subject, item.session) for item in found}))
+    tcga = join_labels(table, real_data / "tables/tcga_2021_who_labels.csv").set_index("subject")
+    assert tcga["1p/19q codeletion"].to_dict() == {
+        "BraTS2021_00006": "", "TCGA-DU-7294": "codel", "TCGA-FG-6692": "non-codel",
+    }  # fmt: skip
+    ucsf = join_labels(table, real_data / "tables/UCSF-PDGM-metadata_v2.csv").set_index("subject")
+    assert ucsf.loc["BraTS2021_00006", ["ID", "IDH", "1p/19q"]].tolist() == ["UCSF-PDGM-116", "wildtype", "intact"]
+
+
+def test_real_label_tables_find_their_key_for_every_exam(real_data):
+    upenn = pd.read_csv(real_data / "tables/UPENN-GBM_clinical_info_v2.1.csv", dtype=str, keep_default_na=False)
+    exams = [("UPENN", *name.rsplit("_", 1)) for name in upenn["ID"]]
+    joined = join_labels(rows(*exams), real_data / "tables/UPENN-GBM_clinical_info_v2.1.csv")
+    assert list(joined["PsP_TP_score"]) == list(upenn["PsP_TP_score"])
+    ucsf = pd.read_csv(real_data / "tables/UCSF-PDGM-metadata_v2.csv", dtype=str, keep_default_na=False)
+    exams = [("UCSF", f"UCSF-PDGM-{int(name.split('-')[2]):04d}", "") for name in ucsf["ID"] if "FU" not in name]
+    joined = join_labels(rows(*exams), real_data / "tables/UCSF-PDGM-metadata_v2.csv")
+    assert (joined["Sex"] != "").all()

@@ -1,0 +1,242 @@
+"""The verbs of the command line. Thin: each says what it does, calls one function, and names the next command.
+
+Heavy libraries are imported inside the verbs, so that `umbif --help` answers at once.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from umbif import __version__
+from umbif.errors import UmbifError
+from umbif.progress import console
+
+app = typer.Typer(
+    name="umbif",
+    help="From folders of brain MRI to a pretrained 3D encoder and its clinical evaluation.",
+    epilog="First look, on any laptop:  umbif demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+RecipeName = Annotated[str, typer.Argument(help="A name from `umbif ls`, or a YAML file of your own.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …, as in trainer.max_steps=500")]
+
+
+def example(*lines: str) -> str:
+    """Worked examples for the end of a verb's help, one paragraph a line."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
+
+
+@app.command(epilog=example("umbif ls", "umbif ls pretrain"))
+def ls(group: Annotated[str | None, typer.Argument(help="prepare, pretrain, finetune or demo")] = None) -> None:
+    """Lists the recipes."""
+    from rich.table import Table
+
+    from umbif.recipe import list_recipes
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("recipe", "what it does", "hardware"):
+        table.add_column(column)
+    for recipe in list_recipes(group):
+        table.add_row(recipe.name, str(recipe.about.get("summary", "")), str(recipe.about.get("hardware", "")))
+    console.print(table)
+    following("umbif show RECIPE", "umbif cp RECIPE mine.yaml")
+
+
+@app.command(epilog=example("umbif show pretrain/umbif_tiny", "umbif show pretrain/umbif_tiny hardware=1gpu model.lr=1e-3"))
+def show(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Shows a recipe with everything filled in, and where each value comes from."""
+    from umbif.recipe import compose
+    from umbif.recipe import show as rendered
+
+    print(rendered(compose(recipe, overrides or [])))
+    following(f"umbif check {recipe}")
+
+
+@app.command(epilog=example("umbif cp pretrain/umbif_vitb mine.yaml", "umbif fit mine.yaml"))
+def cp(recipe: RecipeName, dest: Annotated[Path, typer.Argument(help="The new file.")]) -> None:
+    """Copies a recipe into one file that depends on nothing else, to edit."""
+    from umbif.recipe import flat_copy
+
+    print(f"Wrote {flat_copy(recipe, dest)}")
+    following(f"umbif check {dest}", f"umbif fit {dest}")
+
+
+@app.command(epilog=example("umbif check pretrain/umbif_tiny data.corpus=corpus"))
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Finds what would fail, before it costs an hour: names, types, folders, one batch."""
+    from umbif.check import check_recipe
+    from umbif.recipe import compose
+
+    print(check_recipe(compose(recipe, overrides or [])))
+    following(" ".join(["umbif fit", recipe, *(overrides or [])]))
+
+
+@app.command(
+    epilog=example(
+        "umbif index /data/BraTS2021 -o manifest.parquet",
+        "umbif index /data/UCSF-PDGM --labels metadata.csv -o manifest.parquet",
+    )
+)
+def index(
+    source: Annotated[list[Path], typer.Argument(help="Folders of NIfTI files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The manifest.")] = Path("manifest.parquet"),
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set. Default: the folder's.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="A table (csv, tsv, parquet) with a row per subject.")] = None,
+    test_fraction: Annotated[float, typer.Option(help="Share of the people held out.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
+) -> None:
+    """Reads every volume of a folder tree, checks it, groups exams, splits people."""
+    from umbif.corpus.index import build_manifest, summary
+    from umbif.corpus.manifest import write_manifest
+
+    table = build_manifest(
+        source, dataset=dataset, labels=labels, test_fraction=test_fraction, seed=seed, num_workers=workers
+    )
+    earlier = write_manifest(table, output)
+    print(summary(table))
+    if earlier is not None:
+        print(f"The manifest that stood there is now {earlier}")
+    following(f"umbif prepare {output} -o corpus")
+
+
+@app.command(
+    epilog=example(
+        "umbif prepare manifest.parquet -o corpus",
+        "umbif prepare manifest.parquet -o corpus --recipe prepare/brain_2mm",
+        "umbif prepare manifest.parquet -o corpus --part 3/16      one task of an array",
+        "umbif prepare manifest.parquet -o corpus --merge          when all parts have ended",
+    )
+)
+def prepare(
+    manifest: Annotated[Path, typer.Argument(help="What umbif index wrote.")],
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The corpus' folder.")] = Path("corpus"),
+    recipe: Annotated[str, typer.Option(help="A recipe of the group prepare/.")] = "prepare/brain_1mm",
+    part: Annotated[str | None, typer.Option(help="I/N: prepare one of N parts, publish nothing.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Publish the parts that were prepared.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
+) -> None:
+    """Makes a corpus of a manifest: aligned, cropped, compressed, checked. Goes on where it stopped."""
+    from umbif.corpus import prepare as engine
+    from umbif.corpus.manifest import read_manifest
+    from umbif.recipe import build_node, compose
+
+    table = read_manifest(manifest)
+    how = build_node(compose(recipe, overrides or []))
+    if not merge:
+        numbers = engine.parse_part(part) if part else (1, 1)
+        engine.prepare_corpus(table, output, how, part=numbers, num_workers=workers)
+    if part:
+        following(f"umbif prepare {manifest} -o {output} --merge")
+        return
+    print(engine.merge(table, output))
+    following(f"umbif fit pretrain/umbif_tiny data.corpus={output}")
+
+
+@app.command(
+    epilog=example(
+        "umbif fit pretrain/umbif_tiny data.corpus=corpus",
+        "umbif fit finetune/idh data.corpus=corpus model.encoder.weights=runs/umbif_vitb",
+        "umbif fit pretrain/umbif_tiny trainer.max_steps=1000      the same command again goes on",
+    )
+)
+def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Pretrains or fine-tunes. A run that was cut off goes on where it stopped; a finished one is left alone."""
+    from umbif.fit import fit as run
+    from umbif.recipe import compose
+
+    folder = run(compose(recipe, overrides or []))
+    if (folder / "predictions.parquet").exists():
+        following(f"umbif report {folder}")
+    else:
+        following(f"umbif fit finetune/idh model.encoder.weights={folder}")
+
+
+@app.command(epilog=example("umbif report runs/idh runs/mgmt -o report.html"))
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders with predictions.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: report.html in the first run.")] = None,
+) -> None:
+    """Statistics, comparisons and figures of predictions, as one HTML page. Needs no GPU."""
+    from umbif.evaluation.report import write_report
+
+    print(f"Wrote {write_report(runs, output or runs[0] / 'report.html')}")
+
+
+@app.command(epilog=example("umbif phantom -o phantom --exams 20", "umbif phantom -o phantom_1mm --exams 4 --spacing 1"))
+def phantom(
+    output: Annotated[Path, typer.Option("-o", "--output", help="An empty folder, or one to go on with.")],
+    exams: Annotated[int, typer.Option(help="How many.")] = 20,
+    spacing: Annotated[float, typer.Option(help="Millimetres.")] = 2.0,
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: nothing can be learnt.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
+) -> None:
+    """Writes synthetic glioma exams with known truth, as a hospital would: NIfTI files and a label table."""
+    from umbif.corpus.phantom import write_phantom
+
+    labels = write_phantom(output, exams, spacing_mm=spacing, seed=seed, null=null, num_workers=workers)
+    following(f"umbif index {output} --labels {labels} -o manifest.parquet")
+
+
+@app.command(epilog=example("umbif demo", "umbif demo --null -o runs/null"))
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where everything goes.")] = Path("runs/demo"),
+    null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: the report must find nothing.")] = False,
+) -> None:
+    """The whole way on a laptop: synthetic exams, pretraining, four tasks, a report. About eight minutes on two cores."""
+    from umbif.demo import run_demo
+
+    page = run_demo(output, null=null)
+    print(f"\nThe report: {page}")
+    following("umbif index YOUR_FOLDER -o manifest.parquet")
+
+
+@app.command(epilog=example("umbif env"))
+def env() -> None:
+    """Versions and hardware, to paste into a bug report."""
+    import json
+
+    from umbif.run import environment
+
+    print(json.dumps(environment(), indent=2))
+
+
+def following(*commands: str) -> None:
+    """What to type next."""
+    console.print("\n[dim]Next:[/dim]  " + "\n       ".join(commands), markup=True)
+
+
+def version(wanted: bool) -> None:
+    """Prints the version and ends."""
+    if wanted:
+        print(f"umbif {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[bool, typer.Option("--version", callback=version, is_eager=True, help="The version.")] = False,
+) -> None:
+    """From folders of brain MRI to a pretrained 3D encoder and its clinical evaluation."""
+
+
+def main() -> None:
+    """Runs a verb; a person's mistake ends with one message and never with a traceback."""
+    try:
+        app()
+    except UmbifError as error:
+        print(f"umbif: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("\numbif: interrupted. The same command goes on where it stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+

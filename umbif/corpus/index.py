@@ -1,0 +1,148 @@
+"""Folders of NIfTI → manifest: what `umbif index` does. Every file is read in full, in processes that may die."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_all_start_methods, get_context
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from umbif.corpus.checks import duplicates, inspect, quarantined
+from umbif.corpus.datasets import Found, find_volumes
+from umbif.corpus.manifest import COLUMNS, assign_persons, assign_splits, join_labels, label_columns
+from umbif.errors import Problem, UsageError
+from umbif.progress import track
+
+Row = dict[str, Any]
+MAX_WORKERS = 16
+MAX_LINES = 20
+CRASHED = "The process that read the file died, mostly for lack of memory. Try it alone, on a machine with more."
+
+
+def build_manifest(
+    sources: Sequence[str | Path],
+    *,
+    dataset: str | None = None,
+    labels: str | Path | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    num_workers: int | None = None,
+) -> pd.DataFrame:
+    """Reads and judges every NIfTI file of the sources; bad files become quarantined rows, never an error.
+
+    Args:
+        sources: Folders or files.
+        dataset: The data set's name; by default the name of each source folder.
+        labels: A table whose columns are joined to the exams.
+        test_fraction: Share of the persons that makes the test set.
+        seed: Of the split.
+        num_workers: Processes; 0 reads in this process, None takes one per usable core.
+
+    Raises:
+        UsageError: A source is missing, none holds a NIfTI file, or the label table does not fit.
+    """
+    found = find_volumes([Path(source) for source in sources], dataset)
+    if not found:
+        cure = "DICOM and other formats are converted first, for example with dcm2niix."
+        raise UsageError(Problem("No .nii or .nii.gz file was found", ", ".join(map(str, sources)), cure))
+    if num_workers is None:
+        num_workers = min(_num_cores(), MAX_WORKERS, len(found))
+    rows = sorted(track(_inspect_all(found, num_workers), "Reading volumes", len(found)), key=lambda row: row["path"])
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    if labels is not None:
+        table = join_labels(table, labels)
+    table = assign_splits(assign_persons(table), test_fraction, seed)
+    return table[[*COLUMNS, *label_columns(table)]]
+
+
+def summary(table: pd.DataFrame) -> str:
+    """What a manifest holds, as plain text for the person who made it: it names quarantined files."""
+    usable = table[(table["role"] == "image") & (table["status"] == "ok")]
+    sides = usable.drop_duplicates("exam")["split"].value_counts()
+    sequences = usable["sequence"].value_counts()
+    masks = table[(table["role"] != "image") & (table["status"] == "ok")]["role"].value_counts()
+    lines = [
+        f"{usable['exam'].nunique()} exams of {usable['person'].nunique()} persons: "
+        f"{sides.get('train', 0)} train, {sides.get('test', 0)} test",
+        "volumes: " + (", ".join(f"{name} {count}" for name, count in sequences.items()) or "none"),
+    ]
+    if len(masks):
+        lines.append("masks: " + ", ".join(f"{name} {count}" for name, count in masks.items()))
+    if num_same := len(duplicates(table)):
+        lines.append(f"{num_same} volumes have the voxels of another; their exams count as one person")
+    return "\n".join(lines + _quarantine(table))
+
+
+def _quarantine(table: pd.DataFrame) -> list[str]:
+    bad = table[table["status"] != "ok"]
+    if bad.empty:
+        return []
+    common = os.path.commonpath([os.path.dirname(path) for path in table["path"]])
+    lines = []
+    for reason, files in bad.groupby("reason"):
+        lines.append(f"  {reason} ({len(files)}): {files['detail'].iloc[0]}")
+        lines += [f"    {os.path.relpath(path, common)}" for path in files["path"]]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], "  … and more: see status, reason and detail in the manifest"]
+    return [f"{len(bad)} files are quarantined:", *lines]
+
+
+def _inspect_all(
+    found: Sequence[Found], num_workers: int, inspect_one: Callable[[Found], Row] = inspect
+) -> Iterator[Row]:
+    """Rows in the order of completion. Files that were being read when a process died are read again, each alone."""
+    if num_workers == 0:
+        yield from map(inspect_one, found)
+        return
+    todo = list(reversed(found))
+    while todo:
+        suspects: list[Found] = []
+        with _pool(num_workers) as pool:
+            yield from _run(pool, todo, suspects, num_workers, inspect_one)
+        for suspect in suspects:
+            yield _alone(suspect, inspect_one)
+
+
+def _run(
+    pool: ProcessPoolExecutor, todo: list[Found], suspects: list[Found], num_workers: int,
+    inspect_one: Callable[[Found], Row],
+) -> Iterator[Row]:  # fmt: skip
+    """Takes from `todo` until it is empty or the pool breaks; then those under way are in `suspects`."""
+    running: dict[Future[Row], Found] = {}
+    while (todo and not suspects) or running:
+        while todo and not suspects and len(running) < num_workers:  # few at a time: memory, and few suspects
+            item = todo.pop()
+            try:
+                running[pool.submit(inspect_one, item)] = item
+            except BrokenProcessPool:
+                suspects.append(item)
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            item = running.pop(future)
+            try:
+                row = future.result()
+            except BrokenProcessPool:
+                suspects.append(item)
+            else:
+                yield row
+
+
+def _alone(item: Found, inspect_one: Callable[[Found], Row]) -> Row:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(inspect_one, item).result()
+        except BrokenProcessPool:
+            return quarantined(item, "reader_crashed", CRASHED)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use, which on a cluster is fewer than the node has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pool(num_workers: int) -> ProcessPoolExecutor:
+    """Never forked: a process that has started threads cannot be copied safely."""
+    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+    return ProcessPoolExecutor(num_workers, get_context(method))

@@ -1,0 +1,272 @@
+"""Manifest to corpus: what `umbif prepare` does. Restartable, in parts, and published only when nothing is missing."""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from umbif.corpus.preprocess import PreparedExam, Preparation, UnusableExam, is_finer, prepare_exam
+from umbif.corpus.readers import BadVolume, Volume, read_volume
+from umbif.corpus.shards import BRAIN, NUMBERS, TUMOUR, ShardWriter, encode
+from umbif.errors import Problem, UmbifError, UsageError
+from umbif.progress import track
+
+SHARD_BYTES = 2**30
+Row = dict[str, Any]
+MASK_NUMBERS = {"scale": 1.0, "intercept": 0.0, "mean": 0.0, "std": 1.0, "low": 0.0, "high": 1.0}
+
+
+def prepare_corpus(
+    manifest: pd.DataFrame,
+    out: Path,
+    how: Preparation,
+    *,
+    part: tuple[int, int] = (1, 1),
+    num_workers: int | None = None,
+) -> None:
+    """Prepares the exams of one part and writes them to shards; a part that was cut off goes on where it stopped.
+
+    Args:
+        manifest: One row per volume; the quarantined ones are left out.
+        out: The corpus folder. Parts of one corpus share it.
+        how: The preparation recipe.
+        part: (i, n): exams i, i+n, i+2n, … of n parts, counted from 1.
+        num_workers: Processes; default, the cores of this machine.
+
+    Raises:
+        UsageError: The folder holds a corpus of another manifest or recipe.
+    """
+    _claim(out, manifest, how)
+    exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
+    done = _exams_done(out)
+    todo = [exam for exam in exams if exam[0] not in done]
+    stem = f"{part[0]:05d}-of-{part[1]:05d}"
+    results = _in_processes([(rows, how) for _, rows in todo], num_workers)
+    _write_shards(track(results, "Preparing exams", len(todo)), out / "shards", stem)
+
+
+def merge(manifest: pd.DataFrame, out: Path) -> str:
+    """Joins the parts into index.parquet and returns a summary; an incomplete corpus is not published.
+
+    Raises:
+        UmbifError: Exams of the manifest are in no part.
+    """
+    tables = [pd.read_parquet(path) for path in sorted((out / "shards").glob("*.parquet"))]
+    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"exam": [], "status": []})
+    missing = {exam for exam, _ in _exams_of(manifest)} - set(rows["exam"])
+    if missing:
+        raise UmbifError(
+            f"{len(missing)} of {manifest['exam'].nunique()} exams have not been prepared; nothing was published. "
+            "Run the same umbif prepare command again (every --part of it), then --merge."
+        )
+    good = rows[rows["status"] == "ok"].drop(columns=["status", "reason", "detail"])
+    if good.empty:
+        raise UmbifError("No exam could be prepared.\n" + _reasons(rows[rows["status"] != "ok"]))
+    good = good.sort_values("exam", kind="stable").reset_index(drop=True)
+    _write_table(rows[rows["status"] != "ok"][["exam", "path", "reason", "detail"]], out / "quarantine.parquet")
+    _write_table(good, out / "index.parquet")
+    return _summary(good, rows[rows["status"] != "ok"])
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`3/16` → (3, 16)."""
+    try:
+        i, n = (int(number) for number in text.split("/"))
+    except ValueError:
+        i, n = 0, 0
+    if not 1 <= i <= n:
+        raise UsageError(Problem("--part is I/N with I from 1 to N", repr(text), "For example --part 3/16"))
+    return i, n
+
+
+def _claim(out: Path, manifest: pd.DataFrame, how: Preparation) -> None:
+    """Writes what this corpus is made of, or refuses to mix it with another."""
+    ours = _identity(manifest, how)
+    (out / "shards").mkdir(parents=True, exist_ok=True)
+    about = out / "corpus.json"
+    if not about.exists():
+        aside = about.with_name(f".{about.name}.{os.getpid()}")
+        aside.write_text(json.dumps({"identity": ours, "preparation": asdict(how)}, indent=2))
+        aside.replace(about)
+    theirs = json.loads(about.read_text())
+    if theirs["identity"] != ours:
+        raise UsageError(
+            Problem(
+                "this folder holds a corpus of another manifest or recipe",
+                f"{out} ({theirs['identity'][:12]}, now {ours[:12]})",
+                "Choose another folder with -o",
+            )
+        )
+
+
+def _identity(manifest: pd.DataFrame, how: Preparation) -> str:
+    files = manifest[["exam", "sequence", "role", "voxel_sha256"]].fillna("").astype(str)
+    content = json.dumps([asdict(how), sorted(map(list, files.itertuples(index=False)))])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _exams_of(manifest: pd.DataFrame) -> list[tuple[str, list[Row]]]:
+    usable = manifest[manifest["status"] == "ok"]
+    with_image = set(usable.loc[usable["role"] == "image", "exam"])
+    groups = usable[usable["exam"].isin(with_image)].groupby("exam", sort=True)
+    return [(str(exam), rows.to_dict("records")) for exam, rows in groups]
+
+
+def _exams_done(out: Path) -> set[str]:
+    for leftover in (out / "shards").glob(".*.writing"):
+        leftover.unlink()  # a shard that was being written when the run was cut off
+    return {e for path in (out / "shards").glob("*.parquet") for e in pd.read_parquet(path, columns=["exam"])["exam"]}
+
+
+def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | None) -> Iterator[tuple[Any, ...]]:
+    """Results in the order of the jobs, with a bounded number in flight so that memory stays bounded."""
+    if not jobs:
+        return
+    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_calm_worker) as pool:
+        waiting: deque[Future[tuple[Any, ...]]] = deque()
+        for job in jobs:
+            waiting.append(pool.submit(_prepare_one, *job))
+            if len(waiting) >= 2 * num_workers:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+
+def _result(future: "Future[tuple[Any, ...]]") -> tuple[Any, ...]:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise UmbifError(
+            "A worker process died, most likely for want of memory. What is prepared stays; "
+            "run the same command again with fewer --workers."
+        ) from error
+
+
+def _calm_worker() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the exams are the parallelism
+
+
+def _prepare_one(rows: list[Row], how: Preparation) -> tuple[list[tuple[Row, bytes]], list[Row]]:
+    """One exam: its frames with their index rows, and rows for what was quarantined."""
+    images: dict[str, tuple[Row, Volume]] = {}
+    masks: dict[str, Volume] = {}
+    bad: list[Row] = []
+    has_brain_mask = any(row["role"] == "brain_mask" for row in rows)
+    for row in rows:
+        try:
+            volume = read_volume(Path(row["path"]), mask=row["role"] != "image")
+            _check_face(volume, row, how, has_brain_mask)
+        except (BadVolume, UnusableExam) as error:
+            bad.append(_quarantined(row, error.reason, error.detail))
+            continue
+        if row["role"] != "image":
+            masks[row["role"]] = volume
+            continue
+        twin = images.get(row["sequence"])
+        finer = twin is None or is_finer(volume, twin[1])
+        if twin is not None:
+            other = twin[0] if finer else row
+            bad.append(_quarantined(other, "coarser_twin", "The exam has this sequence twice; the finer one is kept."))
+        if finer:
+            images[row["sequence"]] = (row, volume)
+    if not images:
+        return [], bad or [_quarantined(rows[0], "no_image", "No readable image in this exam.")]
+    try:
+        exam = prepare_exam(
+            {name: volume for name, (_, volume) in images.items()},
+            how,
+            brain=masks.get("brain_mask"),
+            tumour=masks.get("tumour_mask"),
+        )
+    except UnusableExam as error:
+        return [], [*bad, _quarantined(rows[0], error.reason, error.detail)]
+    return _frames(exam, {name: row for name, (row, _) in images.items()}, how), bad
+
+
+def _check_face(volume: Volume, row: Row, how: Preparation, has_brain_mask: bool) -> None:
+    if row["role"] != "image" or how.allow_faces or has_brain_mask:
+        return
+    if "not_skull_stripped" in volume.flags:
+        raise UnusableExam(
+            "not_skull_stripped",
+            "The background is not constant: a head with its face. Strip it first (HD-BET, SynthStrip), put a brain "
+            "mask beside it, or set allow_faces=true if the data may be used so.",
+        )
+
+
+def _frames(exam: PreparedExam, rows: dict[str, Row], how: Preparation) -> list[tuple[Row, bytes]]:
+    shared = {"affine": exam.affine.ravel().tolist(), "shape": list(exam.brain.shape)}
+    first = next(iter(rows.values()))
+    frames = []
+    for name, volume in exam.volumes.items():
+        numbers = {k: getattr(volume, k) for k in NUMBERS}
+        frames.append(({**rows[name], **shared, **numbers, "name": name}, encode(volume.stored, how.compression_level)))
+    for name, mask in ((BRAIN, exam.brain), (TUMOUR, exam.tumour)):
+        if mask is not None:
+            row = {**first, **shared, **MASK_NUMBERS, "name": name, "sequence": ""}
+            frames.append((row, encode(mask, how.compression_level)))
+    return [({**row, "reason": "", "detail": ""}, frame) for row, frame in frames]
+
+
+def _quarantined(row: Row, reason: str, detail: str) -> Row:
+    return {**row, "status": "quarantined", "reason": reason, "detail": detail}
+
+
+def _write_shards(results: Iterable[tuple[Any, ...]], folder: Path, stem: str) -> None:
+    writer: ShardWriter | None = None
+    rows: list[Row] = []
+    number = len(list(folder.glob(f"{stem}_*.parquet")))
+    for frames, bad in results:
+        if writer is None:
+            writer = ShardWriter(folder / f"{stem}_{number:05d}.shard")
+        rows += [{**row, **writer.append(frame)} for row, frame in frames] + bad
+        if writer.num_bytes >= SHARD_BYTES:
+            _close(writer, rows)
+            writer, rows, number = None, [], number + 1
+    if writer is not None:
+        _close(writer, rows)
+
+
+def _close(writer: ShardWriter, rows: list[Row]) -> None:
+    """The rows come after the bytes: a shard without its table is written anew, a table has its shard."""
+    writer.close()
+    _write_table(pd.DataFrame(rows), writer.path.with_suffix(".parquet"))
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    table.to_parquet(aside, index=False)
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _summary(good: pd.DataFrame, bad: pd.DataFrame) -> str:
+    images = good[~good["name"].isin([BRAIN, TUMOUR])]
+    counts = images["name"].value_counts()
+    megabytes = good["byte_length"].sum() / 1e6
+    sizes = np.stack(good.drop_duplicates("exam")["shape"].map(np.asarray).to_list())
+    lines = [
+        f"{good['exam'].nunique()} exams, {len(images)} volumes ({', '.join(f'{n} {s}' for s, n in counts.items())}), "
+        f"{megabytes:,.0f} MB",
+        f"Brain boxes of {' x '.join(map(str, np.median(sizes, axis=0).astype(int)))} voxels in the median",
+    ]
+    return "\n".join(lines + ([_reasons(bad)] if len(bad) else []))
+
+
+def _reasons(bad: pd.DataFrame) -> str:
+    counts = bad["reason"].value_counts()
+    return "\n".join(f"Quarantined: {n} × {reason}" for reason, n in counts.items())

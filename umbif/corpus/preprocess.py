@@ -1,0 +1,211 @@
+"""From the volumes of one exam, as stored on disk, to arrays that a network can take: pure functions.
+
+Canonical RAS orientation, one isotropic grid per exam, brain mask, the brain's box, robust clipping, int16.
+Shapes: X Y Z are voxel axes towards the patient's right, front and top.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torchio as tio
+from scipy import ndimage
+
+from umbif.corpus.readers import Volume
+
+Array = npt.NDArray[np.generic]
+SAME_GRID_MM = 1e-3  # two grids that differ by less are one grid: no resampling, so no blurring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How exams are made ready: the values of a `prepare/` recipe, and the identity of a corpus.
+
+    Args:
+        spacing_mm: Edge of the isotropic voxel. Volumes already at this spacing are not resampled.
+        clip_percentiles: Brain intensities outside these percentiles are clipped.
+        min_brain_ml: An exam with a smaller brain mask than this is quarantined.
+        allow_faces: Accept volumes without skull stripping, with everything that is not air as the mask.
+        compression_level: Of zstd, 0 to 9.
+    """
+
+    spacing_mm: float = 1.0
+    clip_percentiles: tuple[float, float] = (0.05, 99.95)
+    min_brain_ml: float = 100.0
+    allow_faces: bool = False
+    compression_level: int = 5
+
+
+@dataclass(frozen=True)
+class StoredVolume:
+    """One sequence on the exam's grid: intensity = stored * scale + intercept. The other numbers are of the brain."""
+
+    stored: npt.NDArray[np.int16]  # (X, Y, Z)
+    scale: float
+    intercept: float
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PreparedExam:
+    """The brain's box of one exam. `brain` and `tumour` are uint8 masks (X, Y, Z); `affine` maps voxels to RAS mm."""
+
+    volumes: dict[str, StoredVolume]
+    brain: npt.NDArray[np.uint8]
+    tumour: npt.NDArray[np.uint8] | None
+    affine: npt.NDArray[np.float64]
+
+
+class UnusableExam(Exception):
+    """The exam as a whole can't be used. `reason` is a short code, `detail` a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def prepare_exam(
+    images: Mapping[str, Volume],
+    how: Preparation,
+    *,
+    brain: Volume | None = None,
+    tumour: Volume | None = None,
+) -> PreparedExam:
+    """Brings the sequences of one exam to one grid, cuts out the brain's box and quantises.
+
+    Args:
+        images: Sequence name to volume, on any grids that share the scanner's space.
+        how: The preparation recipe.
+        brain: Brain mask, where one was given; else what is not background in any sequence.
+        tumour: Tumour mask, if there is one.
+
+    Raises:
+        UnusableExam: There is no brain in it, or the sequences do not overlap.
+    """
+    subjects = {name: _canonical(volume) for name, volume in images.items()}
+    grid = _reference_grid(subjects, how.spacing_mm)
+    mask = _brain_mask(subjects, images, brain, grid)
+    box = _bounding_box(mask)
+    _check_brain(mask, how)
+    volumes = {}
+    for name, image in subjects.items():
+        values = _numpy(_onto(image, grid))[box]
+        volumes[name] = quantise(values, mask[box], how.clip_percentiles)
+    lesion = _numpy(_onto(_canonical(tumour, mask=True), grid))[box] > 0 if tumour is not None else None
+    return PreparedExam(
+        volumes=volumes,
+        brain=mask[box].astype(np.uint8),
+        tumour=None if lesion is None else lesion.astype(np.uint8),
+        affine=_affine_of_box(grid.affine, box),
+    )
+
+
+def quantise(values: Array, brain: Array, clip_percentiles: tuple[float, float]) -> StoredVolume:
+    """Clips to percentiles of the brain and stores as int16: without loss where the clipped values are such integers.
+
+    Args:
+        values: Intensities, (X, Y, Z).
+        brain: Brain mask, (X, Y, Z); outside of it the lower clip is stored.
+        clip_percentiles: Lower and upper percentile, in 0 to 100.
+    """
+    inside = values[brain > 0]
+    low, high = (float(v) for v in np.percentile(inside, clip_percentiles, method="nearest"))
+    clipped = np.where(brain > 0, np.clip(values, low, high), low).astype(np.float64)
+    brain_values = clipped[brain > 0]
+    if np.array_equal(brain_values, np.rint(brain_values)) and low >= -32768 and high <= 32767:
+        scale, intercept = 1.0, 0.0
+    else:
+        scale, intercept = max((high - low) / 65534.0, np.finfo(np.float32).tiny), (high + low) / 2
+    stored = np.rint((clipped - intercept) / scale).astype(np.int16)
+    std = float(brain_values.std()) or 1.0  # a sequence without any contrast becomes all zeros, not NaN
+    return StoredVolume(stored, scale, intercept, float(brain_values.mean()), std, low, high)
+
+
+def is_finer(candidate: Volume, other: Volume) -> bool:
+    """Whether a second volume of the same sequence has the smaller voxels."""
+    return float(np.prod(candidate.spacing_mm)) < float(np.prod(other.spacing_mm))
+
+
+def _canonical(volume: Volume, *, mask: bool = False) -> tio.Image:
+    kind = tio.LabelMap if mask else tio.ScalarImage
+    values = (volume.values() > 0).astype(np.float32) if mask else volume.values()
+    return tio.ToCanonical()(kind(tensor=torch.from_numpy(np.ascontiguousarray(values))[None], affine=volume.affine))
+
+
+def _reference_grid(images: Mapping[str, tio.Image], spacing_mm: float) -> tio.Image:
+    """The grid of the volume with the smallest voxels, made isotropic."""
+    finest = min(images.values(), key=lambda image: float(np.prod(image.spacing)))
+    if np.allclose(finest.spacing, spacing_mm, atol=SAME_GRID_MM):
+        return finest
+    return tio.Resample(spacing_mm)(finest)
+
+
+def _onto(image: tio.Image, grid: tio.Image) -> tio.Image:
+    if image.spatial_shape == grid.spatial_shape and np.allclose(image.affine, grid.affine, atol=SAME_GRID_MM):
+        return image
+    return tio.Resample(grid)(image)
+
+
+def _numpy(image: tio.Image) -> Array:
+    return image.data[0].numpy()
+
+
+def _brain_mask(
+    images: Mapping[str, tio.Image], volumes: Mapping[str, Volume], given: Volume | None, grid: tio.Image
+) -> npt.NDArray[np.bool_]:
+    if given is not None:
+        return _numpy(_onto(_canonical(given, mask=True), grid)) > 0
+    mask = np.zeros(grid.spatial_shape, dtype=bool)
+    for name, image in images.items():
+        foreground = image.data != _background(volumes[name])
+        mask |= _numpy(_onto(tio.LabelMap(tensor=foreground.to(torch.uint8), affine=image.affine), grid)) > 0
+    return _largest_part(ndimage.binary_fill_holes(mask))
+
+
+def _background(volume: Volume) -> float:
+    """The commonest value on the outer faces: what skull stripping left there (0 mostly, but not always)."""
+    values = volume.values()
+    faces = np.concatenate([np.take(values, end, axis=axis).ravel() for axis in range(3) for end in (0, -1)])
+    found, counts = np.unique(faces, return_counts=True)
+    return float(found[counts.argmax()])
+
+
+def _largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Drops specks: one bright voxel at the edge of the field of view would blow up the brain's box."""
+    parts, num_parts = ndimage.label(mask)
+    if num_parts <= 1:
+        return mask
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return np.isin(parts, np.flatnonzero(sizes >= 0.1 * sizes.max()))
+
+
+def _bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+    if not mask.any():
+        raise UnusableExam("no_brain", "The brain mask is empty: there is nothing but background.")
+    spans = []
+    for axis in range(3):
+        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        spans.append(slice(int(line[0]), int(line[-1]) + 1))
+    return spans[0], spans[1], spans[2]
+
+
+def _check_brain(mask: npt.NDArray[np.bool_], how: Preparation) -> None:
+    millilitres = float(mask.sum()) * how.spacing_mm**3 / 1000
+    if millilitres < how.min_brain_ml:
+        raise UnusableExam(
+            "little_brain",
+            f"The brain mask holds {millilitres:.0f} ml, less than min_brain_ml={how.min_brain_ml:g}: "
+            "a partial scan, or not a brain.",
+        )
+
+
+def _affine_of_box(affine: npt.NDArray[np.float64], box: tuple[slice, slice, slice]) -> npt.NDArray[np.float64]:
+    moved = np.array(affine, dtype=np.float64)
+    moved[:3, 3] = affine[:3, :3] @ np.array([s.start for s in box], dtype=float) + affine[:3, 3]
+    return moved

@@ -1,0 +1,190 @@
+"""The corpus on disk: Blosc2 frames in shard files and one index, every read checked.
+
+A frame is a standard Blosc2 array of one volume (or mask) of one exam. Frames stand 4 KiB-aligned in files of about
+1 GB, so that a cluster's file system sees hundreds of files and not hundreds of thousands, and a crop is decoded without
+the rest of its volume.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import blosc2
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from umbif.errors import Problem, UmbifError, UsageError
+
+ALIGN_BYTES = 4096
+CHUNK_VOXELS = 96
+BLOCK_VOXELS = 32
+NUMBERS = ("scale", "intercept", "mean", "std", "low", "high")  # how a frame's stored integers are read
+LOOKED_UP = ("name", "shape", *NUMBERS, "shard", "byte_offset", "byte_length", "crc32c")
+BRAIN, TUMOUR = "brain", "tumour"  # the frames of an exam that are masks, beside its sequences
+
+
+def encode(array: npt.NDArray[Any], level: int = 5) -> bytes:
+    """One array (X, Y, Z) as a compressed frame."""
+    chunks = tuple(min(CHUNK_VOXELS, n) for n in array.shape)
+    blocks = tuple(min(BLOCK_VOXELS, n) for n in chunks)
+    params = {"codec": blosc2.Codec.ZSTD, "clevel": level, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    compressed = blosc2.asarray(np.ascontiguousarray(array), chunks=chunks, blocks=blocks, cparams=params)
+    return compressed.to_cframe()
+
+
+class ShardWriter:
+    """Appends frames to one shard file, which has its name only when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.aside = path.with_name(f".{path.name}.writing")
+        self.file: BinaryIO = self.aside.open("wb")
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.tell()
+
+    def append(self, frame: bytes) -> dict[str, Any]:
+        """Writes a frame and returns where it stands: the columns of the index that find it again."""
+        self.file.write(b"\0" * (-self.file.tell() % ALIGN_BYTES))
+        place = {
+            "shard": self.path.name,
+            "byte_offset": self.file.tell(),
+            "byte_length": len(frame),
+            "crc32c": int(google_crc32c.value(frame)),
+        }
+        self.file.write(frame)
+        return place
+
+    def close(self) -> None:
+        """Gives the shard its name, once its bytes are on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.aside.replace(self.path)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where one volume of an exam stands, and how its numbers are read."""
+
+    row: int  # of index.parquet
+    name: str  # sequence, or "brain", "tumour"
+    shape: tuple[int, int, int]
+    scale: float
+    intercept: float
+    mean: float
+    std: float
+    low: float
+    high: float
+
+    @property
+    def darkest(self) -> int:
+        """The stored number of what lies outside of the brain."""
+        return round((self.low - self.intercept) / self.scale)
+
+
+class Corpus:
+    """A prepared corpus, opened for reading. Cheap to send to worker processes: files open on first use.
+
+    Args:
+        folder: What `umbif prepare` wrote.
+
+    Raises:
+        UsageError: The folder is no corpus, or its preparation has not been finished.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.about = _read_about(self.folder)
+        self.index = pd.read_parquet(self.folder / "index.parquet")
+        self.identity: str = self.about["identity"]
+        self.spacing_mm: float = float(self.about["preparation"]["spacing_mm"])
+        self.exams = self._exam_table()
+        starts = self.index.groupby("exam", sort=False).indices
+        self._rows = [np.asarray(starts[exam]) for exam in self.exams["exam"]]
+        self._column = {name: self.index[name].to_numpy() for name in LOOKED_UP}  # pandas rows cost 0.1 ms each
+        self._files: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.exams)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def frames(self, exam: int) -> dict[str, Frame]:
+        """The frames of one exam by name, masks included."""
+        return {f.name: f for f in (self._frame(int(row)) for row in self._rows[exam])}
+
+    def sequences(self, exam: int) -> list[str]:
+        """The sequences an exam has, in the corpus' order."""
+        return [name for name in self.frames(exam) if name not in (BRAIN, TUMOUR)]
+
+    def read(
+        self, frame: Frame, start: tuple[int, int, int], size: tuple[int, int, int], fill: int = 0
+    ) -> npt.NDArray[Any]:
+        """Decodes the block of `size` voxels from `start`; what lies outside of the volume is `fill`.
+
+        Raises:
+            UmbifError: The bytes differ from those that were written, at the second reading too.
+        """
+        array = blosc2.ndarray_from_cframe(self._checked_bytes(frame.row))
+        low = [max(s, 0) for s in start]
+        high = [min(s + n, full) for s, n, full in zip(start, size, frame.shape, strict=True)]
+        inside = array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+        if inside.shape == size:
+            return inside
+        block = np.full(size, fill, dtype=inside.dtype)
+        at = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
+        block[at] = inside
+        return block
+
+    def affine(self, exam: int) -> npt.NDArray[np.float64]:
+        """Voxel to RAS millimetres, (4, 4)."""
+        flat = self.index["affine"].iloc[int(self._rows[exam][0])]
+        return np.asarray(flat, dtype=np.float64).reshape(4, 4)
+
+    def _frame(self, row: int) -> Frame:
+        c = self._column
+        x, y, z = (int(n) for n in c["shape"][row])
+        numbers = (float(c[name][row]) for name in NUMBERS)
+        return Frame(row, str(c["name"][row]), (x, y, z), *numbers)
+
+    def _exam_table(self) -> pd.DataFrame:
+        per_frame = ["name", "sequence", "shard", "byte_offset", "byte_length", "crc32c", *NUMBERS, "affine", "voxel_sha256", "path"]  # fmt: skip
+        table = self.index.drop(columns=[c for c in per_frame if c in self.index])
+        return table.drop_duplicates("exam").reset_index(drop=True)
+
+    def _checked_bytes(self, row: int) -> bytes:
+        c = self._column
+        shard = str(c["shard"][row])
+        for _ in range(2):  # a bad read from a network file system often comes right the second time
+            raw = os.pread(self._open(shard), int(c["byte_length"][row]), int(c["byte_offset"][row]))
+            if google_crc32c.value(raw) == int(c["crc32c"][row]):
+                return raw
+        raise UmbifError(
+            f"Row {row} of {self.folder / 'index.parquet'}: the bytes in {shard} are not those that were written. "
+            "The file is damaged; prepare the corpus again, or copy this shard anew."
+        )
+
+    def _open(self, shard: str) -> int:
+        if shard not in self._files:
+            self._files[shard] = os.open(self.folder / "shards" / shard, os.O_RDONLY)
+        return self._files[shard]
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    if not (folder / "corpus.json").is_file():
+        raise UsageError(
+            Problem("data.corpus is no prepared corpus", str(folder), "Make one: umbif prepare MANIFEST -o CORPUS")
+        )
+    if not (folder / "index.parquet").is_file():
+        raise UsageError(
+            Problem("the corpus is not finished", str(folder), "Run the same umbif prepare command again, or --merge")
+        )
+    about: dict[str, Any] = json.loads((folder / "corpus.json").read_text())
+    return about

@@ -1,0 +1,88 @@
+"""The exams of one task: the whole brain's box of each, in batches that resume from one integer."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+
+from umbif.corpus.shards import Corpus
+from umbif.downstream.tasks import BinaryLabel, labelled, split_rows, targets
+from umbif.stream.exams import Exams, WholeBrainDataset
+from umbif.stream.modules import Position, SlotBatches, data_loader, place
+
+
+class TaskData(pl.LightningDataModule):
+    """A binary task on a corpus.
+
+    Args:
+        corpus: Folder that `umbif prepare` wrote.
+        task: Name of the task, for tables and reports.
+        label: Columns and spellings of the label.
+        labels: A further table of labels, joined by exam.
+        global_batch_size: Exams of a micro-step over all ranks.
+        val_fraction: Share of the training people on whom the threshold is chosen.
+        num_workers: Reading processes of each rank.
+        seed: Of the order and of the validation people.
+    """
+
+    def __init__(
+        self,
+        corpus: str,
+        task: str,
+        label: BinaryLabel,
+        labels: str | None = None,
+        global_batch_size: int = 8,
+        val_fraction: float = 0.2,
+        num_workers: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.corpus = Corpus(corpus)
+        self.task, self.positive = task, label.positive[0]
+        self.global_batch_size, self.num_workers = global_batch_size, num_workers
+        self.position = Position(seed)
+        self.exams = labelled(self.corpus, labels)
+        self.y = targets(self.exams, label)
+        self.parts = split_rows(self.exams, self.y, val_fraction=val_fraction, seed=seed)
+
+    def train_dataloader(self) -> DataLoader[Exams]:
+        """This rank's share of every global batch, endless."""
+        rank, world_size = place(self.trainer)
+        batches = SlotBatches(self.position.next_slot, self.global_batch_size, rank, world_size)
+        return data_loader(self.dataset("train", self.position.seed), batches, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Exams]:
+        """Each validation exam once."""
+        return self.each_once("val")
+
+    def predict_dataloader(self) -> list[DataLoader[Exams]]:
+        """Each validation and each test exam once, in this order of loaders."""
+        return [self.each_once("val"), self.each_once("test")]
+
+    def each_once(self, part: str) -> DataLoader[Exams]:
+        """The exams of a part in their order."""
+        dataset = self.dataset(part, None)
+        batches = BatchSampler(SequentialSampler(dataset), max(1, self.global_batch_size // 2), drop_last=False)
+        return data_loader(dataset, batches, num_workers=0)
+
+    def dataset(self, part: str, seed: int | None) -> WholeBrainDataset:
+        """The exams of a part, in random order if there is a seed."""
+        rows = self.parts[part]
+        return WholeBrainDataset(self.corpus, rows, self.y[rows].astype(np.float32), seed)
+
+    def prevalence(self) -> float:
+        """Share of positives among the training exams."""
+        return float(self._train_y().mean())
+
+    def _train_y(self) -> npt.NDArray[np.int64]:
+        return self.y[self.parts["train"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Position.state`."""
+        return self.position.state(self.corpus)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `Position.restore`."""
+        self.position.restore(state_dict, self.corpus)

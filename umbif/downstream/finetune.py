@@ -1,0 +1,179 @@
+"""Fine-tuning of an encoder for a binary task on the whole brain; layer-wise rates after Bao et al. 2022 (arXiv:2106.08254)."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics.classification import BinaryAUROC
+
+from umbif.downstream.data import TaskData
+from umbif.encoders.optimise import Guard, adamw
+from umbif.encoders.vit import ViT3D
+from umbif.encoders.weights import save_encoder
+from umbif.stream.augment import Augmentation
+from umbif.stream.exams import Exams
+from umbif.stream.philox import uniform
+
+DROP = 30  # purpose of the draws of tokens: independent of all others
+
+
+class FineTune(pl.LightningModule):
+    """An encoder with a head.
+
+    Args:
+        encoder: With `weights`, or untrained.
+        head: Takes tokens (B, V, E), valid (B, V) and their mean (B, E), gives logits (B,).
+        max_tokens: Random tokens of each exam that a training step sees; null for all. Evaluation sees all.
+        frozen: Train the head alone.
+        layer_decay: Factor of the learning rate from each layer to the one before it.
+        augmentation: Of training exams.
+        lr: Learning rate of the head.
+        warmup_steps: Linear warm-up.
+        weight_decay: Of matrices.
+        gradient_clip: Largest norm of the gradient.
+        max_steps: Length of the cosine.
+        model_name: What tables call this model.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT3D,
+        head: nn.Module,
+        max_tokens: int | None = None,
+        frozen: bool = False,
+        layer_decay: float = 0.75,
+        augmentation: Augmentation | None = None,
+        lr: float = 1e-3,
+        warmup_steps: int = 20,
+        weight_decay: float = 0.05,
+        gradient_clip: float = 1.0,
+        max_steps: int = 1000,
+        model_name: str = "pretrained",
+    ) -> None:
+        super().__init__()
+        self.encoder, self.head, self.max_tokens, self.frozen = encoder, head, max_tokens, frozen
+        self.layer_decay, self.model_name = layer_decay, model_name
+        self.augmentation = augmentation or Augmentation(curve=0.2, bias=0.05, scale=0.05)
+        self.guard = Guard(gradient_clip)
+        self.optimisation = {
+            "lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "betas": (0.9, 0.999),
+            "max_steps": max_steps,
+        }  # fmt: skip
+        self.val_auc = BinaryAUROC()
+        if frozen:
+            encoder.requires_grad_(False)
+
+    def forward(self, exams: Exams, budget: int | None = None, augmentation: Augmentation | None = None) -> Tensor:
+        """Logits (B,) from every patch that holds brain, or from `budget` random ones."""
+        scores = None
+        if budget is not None:
+            scores = uniform(exams.seed, exams.slot, exams.view, DROP, self.encoder.num_patches(exams))
+        features = self.encoder.forward_features(exams, scores=scores, budget=budget, augmentation=augmentation)
+        return self.head(*features)
+
+    def training_step(self, exams: Exams, batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch."""
+        assert exams.target is not None
+        logits = self(exams, self.max_tokens, self.augmentation)
+        losses = binary_cross_entropy_with_logits(logits.float(), exams.target, reduction="none")
+        self.guard.watch(losses, exams)
+        self.log("train/loss", losses.mean(), batch_size=len(exams))
+        return losses.mean()
+
+    def validation_step(self, exams: Exams, batch_idx: int) -> None:
+        """Loss and AUC of the validation exams."""
+        assert exams.target is not None
+        logits = self(exams).float()
+        loss = binary_cross_entropy_with_logits(logits, exams.target)
+        self.val_auc.update(logits, exams.target.int())
+        self.log("val/loss", loss, batch_size=len(exams), sync_dist=True)
+        self.log("val/auc", self.val_auc, batch_size=len(exams))
+
+    def predict_step(self, exams: Exams, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, target and score of each exam."""
+        assert exams.target is not None
+        return exams.exam, exams.target, self(exams).float().sigmoid()
+
+    def on_fit_start(self) -> None:
+        """A fresh head starts from the prevalence, so that the first steps need not find it."""
+        if self.global_step == 0:
+            share = min(max(self.trainer.datamodule.prevalence(), 0.01), 0.99)  # type: ignore[attr-defined]
+            nn.init.constant_(self.head.linear.bias, float(np.log(share / (1 - share))))  # type: ignore[union-attr,arg-type]
+
+    def export(self, folder: Path, recipe: dict[str, Any]) -> None:
+        """Writes predictions.parquet, `encoder/` and the head."""
+        data: TaskData = self.trainer.datamodule  # type: ignore[attr-defined]
+        table = predictions(self.trainer, self, data)
+        if not self.trainer.is_global_zero:
+            return
+        write_predictions(table, folder)
+        threshold = float(table["threshold"].iloc[0])
+        about = {"task": data.task, "positive": data.positive, "threshold": threshold}
+        about |= {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
+        save_file({k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}, folder / "head.safetensors")
+        save_encoder(self.encoder, folder / "encoder", {"steps": self.global_step, **about})
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """See `Guard`."""
+        self.log("train/gradient_norm", self.guard(self, optimizer))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Fused AdamW with a smaller rate for each layer further from the head."""
+        factors = {}
+        groups = self.encoder.layer_groups()
+        for name, _ in self.encoder.named_parameters():
+            layer = next(i for i, prefixes in enumerate(groups) if any(name.startswith(p) for p in prefixes))
+            factors[f"encoder.{name}"] = self.layer_decay ** (len(groups) - layer)
+        spared = self.encoder.no_weight_decay() | {"query"}
+        return adamw([*self.named_parameters()], without=spared, lr_factor=factors, **self.optimisation)
+
+
+def predictions(trainer: pl.Trainer, module: FineTune, data: TaskData) -> pd.DataFrame:
+    """One row for each validation and test exam, with the threshold chosen on validation."""
+    parts = trainer.predict(module, datamodule=data)
+    rows, y, score = ([torch.cat([b[i] for b in batches]).numpy() for batches in parts] for i in range(3))
+    threshold = youden_threshold(y[0], score[0])
+    tables = [
+        _table(data, module.model_name, split, rows[i], y[i], score[i], threshold)
+        for i, split in enumerate(("val", "test"))
+    ]
+    return pd.concat(tables, ignore_index=True)
+
+
+def youden_threshold(y: npt.NDArray[Any], score: npt.NDArray[Any]) -> float:
+    """The threshold with the largest sensitivity + specificity (Youden 1950), halfway between two scores."""
+    found = np.unique(score)
+    if len(found) < 2:
+        return float(found[0])
+    between = (found[1:] + found[:-1]) / 2
+    sensitivity = (score[y == 1][:, None] >= between).mean(0)
+    specificity = (score[y == 0][:, None] < between).mean(0)
+    return float(between[int(np.argmax(sensitivity + specificity))])
+
+
+def write_predictions(table: pd.DataFrame, folder: Path) -> Path:
+    """Writes predictions.parquet of a run, whole or not at all."""
+    path = folder / "predictions.parquet"
+    aside = path.with_name(f".{path.name}.writing")
+    table.to_parquet(aside, index=False)
+    aside.replace(path)
+    return path
+
+
+def _table(
+    data: TaskData, model: str, split: str, rows: Any, y: npt.NDArray[Any], score: npt.NDArray[Any], threshold: float
+) -> pd.DataFrame:
+    exams = data.exams.iloc[rows]
+    columns = {name: exams[name].to_numpy() for name in ("exam", "person", "dataset", "site")}
+    return pd.DataFrame({
+        **columns, "task": data.task, "model": model, "repeat": 0, "fold": 0, "seed": data.position.seed, "split": split,
+        "class": data.positive, "y": y.astype(int), "score": score.astype(float), "threshold": threshold,
+        "time": np.nan, "event": np.nan,
+    })  # fmt: skip

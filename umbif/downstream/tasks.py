@@ -1,0 +1,108 @@
+"""What a task asks, and of whom: labels as their authors spelled them → 0, 1 or missing; splits by person."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from sklearn.model_selection import StratifiedGroupKFold
+
+from umbif.corpus.manifest import join_labels
+from umbif.corpus.shards import Corpus
+from umbif.errors import Problem, UsageError
+
+MISSING = -1
+
+
+def labelled(corpus: Corpus, labels: str | None) -> pd.DataFrame:
+    """The corpus' exams with their labels, joined with a further table where one is given."""
+    if labels is None:
+        return corpus.exams
+    return join_labels(corpus.exams, Path(labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BinaryLabel:
+    """How a binary label is written in the tables of several data sets. Case and outer blanks do not matter.
+
+    Args:
+        columns: Names that its column may have; the first that is filled counts.
+        positive: Spellings of the class that scores speak for; the first is its name in tables.
+        negative: Spellings of the other class.
+        missing: Spellings of not known. An empty cell is always missing.
+    """
+
+    columns: list[str]
+    positive: list[str]
+    negative: list[str]
+    missing: list[str] = field(default_factory=list)
+
+    def meaning(self) -> dict[str, int]:
+        """Spelling to 1, 0 or MISSING."""
+        classes = ((1, self.positive), (0, self.negative), (MISSING, [*self.missing, ""]))
+        return {spelling.strip().casefold(): value for value, spellings in classes for spelling in spellings}
+
+
+def targets(exams: pd.DataFrame, label: BinaryLabel) -> npt.NDArray[np.int64]:
+    """0, 1 or MISSING for each row of `exams`.
+
+    Raises:
+        UsageError: No such column, or spellings that the label does not know: a silent "missing" would bias the task.
+    """
+    present = [column for column in label.columns if column in exams]
+    if not present:
+        raise UsageError(
+            Problem(
+                f"the corpus has no label column named {' or '.join(label.columns)}",
+                f"columns {', '.join(map(str, exams.columns))}",
+                "Join a table with data.labels=TABLE, or name its column in data.label.columns",
+            )
+        )
+    meaning = label.meaning()
+    text = exams[present].fillna("").astype(str).apply(lambda column: column.str.strip().str.casefold())
+    first = text.apply(lambda row: next((value for value in row if value), ""), axis=1)
+    unknown = first[~first.isin(list(meaning))]
+    if len(unknown):
+        raise UsageError(
+            Problem(
+                f"spellings in {' or '.join(present)} that the task does not know",
+                ", ".join(f"{spelling!r} ({n} exams)" for spelling, n in unknown.value_counts().items()),
+                "Add each to data.label.positive, data.label.negative or data.label.missing",
+            )
+        )
+    return first.map(meaning).to_numpy(dtype=np.int64)
+
+
+def split_rows(
+    exams: pd.DataFrame, y: npt.NDArray[np.int64], *, val_fraction: float, seed: int
+) -> dict[str, npt.NDArray[np.int64]]:
+    """Rows of the labelled exams in `train`, `val` and `test`: the test people are those of the manifest.
+
+    Raises:
+        UsageError: A part would hold one class only.
+    """
+    have = y != MISSING
+    in_test = (exams["split"] == "test").to_numpy()
+    pool = np.flatnonzero(have & ~in_test)
+    _check_classes(y, {"training": pool, "test": np.flatnonzero(have & in_test)})
+    folds = StratifiedGroupKFold(round(1 / val_fraction), shuffle=True, random_state=seed)
+    train, val = next(iter(folds.split(pool, y[pool], exams["person"].to_numpy()[pool])))
+    parts = {"train": pool[train], "val": pool[val], "test": np.flatnonzero(have & in_test)}
+    _check_classes(y, {"training": parts["train"], "validation": parts["val"]})
+    return parts
+
+
+def _check_classes(y: npt.NDArray[np.int64], parts: Mapping[str, npt.NDArray[np.int64]]) -> None:
+    problems = [
+        Problem(
+            f"the {name} part of this task needs exams of both classes",
+            f"{int((y[rows] == 1).sum())} positive, {int((y[rows] == 0).sum())} negative",
+            "Label more exams",
+        )
+        for name, rows in parts.items()
+        if len(np.unique(y[rows])) < 2
+    ]
+    if problems:
+        raise UsageError(problems)

@@ -1,0 +1,94 @@
+"""What `umbif fit` does: build, resume, train, export."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from umbif.encoders.weights import CONFIG
+from umbif.errors import UsageError
+from umbif.progress import console
+from umbif.quiet import quiet
+from umbif.recipe import Recipe, build, check
+from umbif.run import is_leader, open_run
+from umbif.scale.callbacks import Throughput, TrainingProgress
+from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
+from umbif.scale.metrics import MetricsCSV
+from umbif.stream.modules import SlotCounter
+
+log = logging.getLogger("umbif")
+
+
+def fit(recipe: Recipe) -> Path:
+    """Trains what a recipe describes, or goes on with it; a finished run is left as it is.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError: The recipe is wrong, or the folder holds a run of another recipe.
+    """
+    quiet()
+    problems = check(recipe)
+    if problems:
+        raise UsageError(problems, recipe.name)
+    with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
+        max_steps = recipe.tree["trainer"]["max_steps"]
+        if finished_steps(folder) >= max_steps:
+            console.print(f"{folder} has finished its {max_steps} steps: nothing to do.")
+            return folder
+        _train(recipe, folder)
+    return folder
+
+
+def finished_steps(folder: Path) -> int:
+    """The steps after which a run's encoder was exported; 0 for a run that has not ended."""
+    config = folder / "encoder" / CONFIG
+    return int(json.loads(config.read_text()).get("steps", 0)) if config.exists() else 0
+
+
+def _train(recipe: Recipe, folder: Path) -> None:
+    if is_leader():
+        remove_leftovers(folder / "checkpoints")
+    resume = newest_complete(folder / "checkpoints")
+    pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
+    built = build(recipe)
+    trainer = make_trainer(built.trainer, list(built.callbacks.values()), folder, resume)
+    if resume is not None:
+        console.print(f"Going on from step {step_of(resume)} of {folder}")
+    log.info("training starts at step %s", step_of(resume) if resume else 0)
+    trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
+    built.model.export(folder, recipe.tree)
+    log.info("finished at step %s", trainer.global_step)
+
+
+def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:
+    """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
+        loggers = [MetricsCSV(folder, step_of(resume)), TensorBoardLogger(str(folder), "tensorboard", "")]
+    return pl.Trainer(
+        **{
+            "max_epochs": -1,  # the stream is endless: steps are what ends it
+            "enable_model_summary": False,
+            "enable_progress_bar": False,  # ours knows the steps
+            "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": None,
+            **options,
+        },
+        use_distributed_sampler=False,  # Lightning's own shuffles even where it was told not to
+        enable_checkpointing=True,
+        default_root_dir=str(folder),
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
+    )
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """`checkpoints/step=000100` → 100."""
+    return int(checkpoint.name.removeprefix("step=")) if checkpoint is not None else 0

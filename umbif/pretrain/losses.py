@@ -1,0 +1,62 @@
+"""The two losses: mean squared error of hidden patches, and InfoNCE (van den Oord et al. 2018, arXiv:1807.03748).
+
+Both return one value an exam, so that a broken sample can be named.
+Shapes: B exams × views, T targets, P voxels, D dimensions of a projection, W ranks.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+from torch.nn.functional import normalize
+
+
+def reconstruction_loss(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Mean squared error over the valid targets of each exam: (B, T, P) to (B,)."""
+    error = (predicted.float() - target.float()).square().mean(-1)
+    return (error * valid).sum(1) / valid.sum(1).clamp_min(1)
+
+
+def info_nce(projection: Tensor, slot: Tensor, person: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of telling the other view of the same exam from the views of other people, over all ranks.
+
+    Args:
+        projection: (B, D) of this rank; every slot appears with two views.
+        slot: (B,) the exam's number in the stream: its two views are each other's positives.
+        person: (B,) other exams of one person are neither positives nor negatives.
+        temperature: Of the softmax.
+
+    Returns:
+        (B,) loss of this rank's views as anchors. The mean over ranks of the means is the loss of the joined batch,
+        and so are its gradients under data-parallel averaging.
+    """
+    z = normalize(projection.float(), dim=-1)
+    keys, key_slot, key_person = _gathered(z), _gathered_ids(slot), _gathered_ids(person)
+    logits = z @ keys.T / temperature  # (B, W * B)
+    positive = slot[:, None] == key_slot[None]
+    same_person = person[:, None] == key_person[None]
+    itself = torch.zeros_like(positive)
+    itself[torch.arange(len(z)), _first_row(len(z)) + torch.arange(len(z))] = True
+    positive = positive & ~itself
+    logits = logits.masked_fill((same_person & ~positive) | itself, -torch.inf)
+    log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
+    return -torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1).clamp_min(1)
+
+
+def _gathered(values: Tensor) -> Tensor:
+    return torch.cat(all_gather(values)) if _distributed() else values
+
+
+def _gathered_ids(values: Tensor) -> Tensor:
+    if not _distributed():
+        return values
+    everywhere = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everywhere, values)
+    return torch.cat(everywhere)
+
+
+def _first_row(num_local: int) -> int:
+    return torch.distributed.get_rank() * num_local if _distributed() else 0
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

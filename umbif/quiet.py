@@ -1,0 +1,30 @@
+"""Warnings of dependencies that a user can do nothing about. Each is named, with the reason; all others are shown."""
+
+import logging
+import os
+import warnings
+
+HARMLESS = {
+    # Few workers are a choice of the recipe; on two cores they are the best one.
+    r".*does not have many workers.*": UserWarning,
+    # A scheduler that steps after a skipped step is what the guard means.
+    r".*lr_scheduler\.step\(\).*before.*optimizer\.step\(\).*": UserWarning,
+    # Inside Lightning and torch, about each other.
+    r".*isinstance\(treespec, LeafSpec\).*": Warning,
+    r".*torch\.jit\..* is deprecated.*": Warning,
+    r".*Checkpoint directory .* exists and is not empty.*": UserWarning,
+    # Pinned memory is asked for only where there is a GPU.
+    r".*'pin_memory' argument is set as true but no accelerator is found.*": UserWarning,
+    # Training is one endless epoch: there is no end of an epoch to aggregate over.
+    r".*log_every_n_steps=\d+.*": UserWarning,
+}
+CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed", "nilearn", "matplotlib.font_manager")
+
+
+def quiet() -> None:
+    """Silences `HARMLESS` warnings and the banners of libraries."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for message, category in HARMLESS.items():
+        warnings.filterwarnings("ignore", message=message, category=category)
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)

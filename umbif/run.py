@@ -1,0 +1,139 @@
+"""The run folder: one layout whatever made it, one writer at a time, and enough in it to explain the result.
+
+    runs/NAME/  recipe.yaml  origin.yaml  command.txt  environment.json  metrics.csv  tensorboard/
+                checkpoints/step=000100/  encoder/  figures/  log.txt  predictions.parquet  report.html
+"""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from umbif import __version__
+from umbif.errors import Problem, UmbifError, UsageError
+from umbif.recipe import Recipe, read_tree
+
+# What may differ when a run goes on: nothing of it enters the numbers.
+MAY_CHANGE = ("about", "run.dir", "callbacks", "data.num_workers", "trainer.max_steps", "model.max_steps")
+TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
+LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse")
+ABSENT = "absent"
+
+
+@contextmanager
+def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
+    """Holds a run folder while it is written: makes it, or goes on with it if the recipe is the same.
+
+    Raises:
+        UsageError: The folder belongs to a run with another model, data or seed; lists the differences.
+        UmbifError: Another process is writing it.
+    """
+    if not is_leader():
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        _check_same(folder, recipe)
+        _write_provenance(folder, recipe)
+        with _log_file(folder / "log.txt"):
+            yield folder
+
+
+def is_leader() -> bool:
+    """Whether this process is the first of its job, by what launchers set before any of them talk."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return all(rank in (None, "0") for rank in ranks)
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UmbifError(
+            f"Another process is writing {folder}. Wait for it to end, or give this run another run.dir."
+        ) from None
+    return lock
+
+
+def _check_same(folder: Path, recipe: Recipe) -> None:
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        return
+    before, now = flat(read_tree(path)), flat(recipe.tree)
+    problems = [
+        Problem(f"{key} was {before.get(key, ABSENT)}, is now {now.get(key, ABSENT)}")
+        for key in sorted({*before, *now})
+        if before.get(key, ABSENT) != now.get(key, ABSENT) and not _may_change(key)
+    ]
+    steps = [tree.get("trainer.max_steps") for tree in (before, now)]
+    if all(isinstance(n, int) for n in steps) and steps[1] < steps[0]:  # type: ignore[operator]
+        problems.append(Problem("trainer.max_steps may grow, not shrink", f"{steps[1]} after {steps[0]}"))
+    if problems:
+        cure = Problem("Go on with the old values, or start another run with run.dir=runs/ANOTHER_NAME")
+        raise UsageError([*problems, cure], f"going on with {folder}, which another recipe began")
+
+
+def _may_change(key: str) -> bool:
+    if key.startswith("trainer."):
+        return key.removeprefix("trainer.") not in TRAINER_MAY_NOT_CHANGE
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def _write_provenance(folder: Path, recipe: Recipe) -> None:
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    (folder / "origin.yaml").write_text("".join(f"{key}: {json.dumps(origin)}\n" for key, origin in recipe.origins.items()))
+    with (folder / "command.txt").open("a") as file:
+        file.write(shlex.join(["umbif", *sys.argv[1:]]) + "\n")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware; no names of people or machines."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "umbif": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "cores": len(os.sched_getaffinity(0)),
+        "libraries": versions,
+    }
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("umbif")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,94 @@
+"""What a person sees while training runs: progress, and how fast it goes."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from umbif.progress import LOG_EVERY_S, console, duration
+
+
+class TrainingProgress(Callback):
+    """One line that moves on a terminal; in a log file, a line every few seconds."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.task: TaskID | None = None
+        self.start_s = self.said_s = 0.0
+        self.start_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to count."""
+        self.start_s = self.said_s = time.monotonic()
+        self.start_step = trainer.global_step
+        if trainer.is_global_zero and sys.stdout.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(),
+                       TextColumn("{task.fields[said]}"), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            self.bar = Progress(*columns, console=console)
+            self.bar.start()
+            self.task = self.bar.add_task("Training", total=trainer.max_steps, completed=trainer.global_step, said="")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Tells the step, the loss and the time left."""
+        if not trainer.is_global_zero:
+            return
+        now = time.monotonic()
+        if self.bar is not None and self.task is not None:
+            said = self._said(trainer)
+            self.bar.update(self.task, completed=trainer.global_step, said=said)
+        elif now - self.said_s >= LOG_EVERY_S and trainer.global_step < trainer.max_steps:
+            self.said_s = now
+            done = max(1, trainer.global_step - self.start_step)
+            left = (now - self.start_s) / done * (trainer.max_steps - trainer.global_step)
+            step = f"step {trainer.global_step}/{trainer.max_steps}"
+            print(f"Training  {step}  {self._said(trainer)}  about {duration(left)} left", flush=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ends with the time it took."""
+        if self.bar is not None:
+            self.bar.stop()
+        if trainer.is_global_zero and self.bar is None:
+            took = duration(time.monotonic() - self.start_s)
+            print(f"Training  step {trainer.global_step}/{trainer.max_steps}  {self._said(trainer)}  {took}", flush=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the terminal clean."""
+        if self.bar is not None:
+            self.bar.stop()
+
+    def _said(self, trainer: pl.Trainer) -> str:
+        loss = trainer.callback_metrics.get("train/loss")
+        return "" if loss is None else f"loss {float(loss):.3f}"
+
+
+class Throughput(Callback):
+    """Logs exams per second and the share of time that training waited for data."""
+
+    def __init__(self) -> None:
+        self.num_exams = 0
+        self.waited_s = 0.0
+        self.since_s = self.ended_s = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to count."""
+        self.num_exams, self.waited_s = 0, 0.0
+        self.since_s = self.ended_s = time.monotonic()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """The time since the last batch was waiting."""
+        self.waited_s += time.monotonic() - self.ended_s
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs at the Trainer's interval."""
+        now = self.ended_s = time.monotonic()
+        self.num_exams += trainer.datamodule.global_batch_size  # type: ignore[attr-defined]
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+            span = max(now - self.since_s, 1e-9)
+            pl_module.log("throughput/exams_per_s", self.num_exams / span)
+            pl_module.log("throughput/data_wait", self.waited_s / span)
+            self.num_exams, self.waited_s, self.since_s = 0, 0.0, now

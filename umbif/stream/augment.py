@@ -1,0 +1,84 @@
+"""Augmentation on the device, each draw a function of (seed, slot, view), of the chosen patches only.
+
+Two views of an exam must not be matched by their histogram or their shading, so each draws a monotone intensity curve
+and a bias field of its own for each sequence. The field is a polynomial of third order (Van Leemput et al. 1999,
+doi:10.1109/42.811268).
+Shapes: B exams × views, S sequences, V patches, p voxels along an edge of a patch.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from umbif.stream.exams import Exams
+from umbif.stream.patches import Patches
+from umbif.stream.philox import uniform
+
+FLIP, CURVE, BIAS, SCALE = 10, 11, 12, 13  # purposes: their numbers are independent
+ORDER = 3  # of the polynomial: as smooth as a coil's profile
+HEAD_MM = 90.0  # half of a head: coordinates of the polynomial are about -1 to 1
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Strengths; 0 turns a part off.
+
+    Args:
+        flip_probability: Of mirroring left and right.
+        curve: Largest log gamma: intensities between the darkest and the brightest of the brain are raised to
+            exp(±curve).
+        bias: Amplitude of each coefficient of the log of the multiplicative bias field.
+        scale: Largest relative change of contrast, and largest change of brightness in standard deviations.
+    """
+
+    flip_probability: float = 0.5
+    curve: float = 0.7
+    bias: float = 0.1
+    scale: float = 0.1
+
+    def __call__(self, patches: Patches, exams: Exams) -> Patches:
+        """The same exam and view give the same curve, field and mirroring to all of their patches."""
+        voxels = patches.voxels
+        if self.curve or self.bias:
+            low, span = (per_patch(numbers, patches) for numbers in exams.z_range())
+            unit = (voxels - low) / span
+            if self.bias:
+                unit = unit * self._bias_field(patches, exams)
+            if self.curve:
+                unit = unit.clamp_min(0) ** per_patch((self.curve * _draw(exams, CURVE)).exp(), patches)
+            voxels = unit * span + low
+        if self.scale:
+            contrast, brightness = (self.scale * _draw(exams, SCALE, 2)).unbind(-1)
+            voxels = voxels * (1 + per_patch(contrast, patches)) + per_patch(brightness, patches)
+        augmented = replace(patches, voxels=voxels)
+        if not self.flip_probability:
+            return augmented
+        return augmented.mirrored(uniform(exams.seed, exams.slot, exams.view, FLIP, 1)[:, 0] < self.flip_probability)
+
+    def _bias_field(self, patches: Patches, exams: Exams) -> Tensor:
+        """(B, V, p, p, p), one smooth field over the head for each sequence of each view."""
+        p, num = patches.voxels.shape[-1], ORDER + 1
+        low_order = sum(torch.meshgrid(*[torch.arange(num)] * 3, indexing="ij")) <= ORDER
+        drawn = self.bias * _draw(exams, BIAS, num**3) * low_order.flatten().to(exams.image.device)
+        field = drawn.view(*drawn.shape[:2], num, num, num)
+        row = torch.arange(len(field), device=field.device)[:, None]
+        field = field[row, patches.entry]  # (B, V, 4, 4, 4): coefficients of x, y and z
+        offset_mm = (torch.arange(p, device=field.device) + 0.5 - p / 2) * exams.spacing_mm
+        where = (patches.position_mm[..., None] + offset_mm) / HEAD_MM  # (B, V, 3, p)
+        x, y, z = (where[..., None] ** torch.arange(num, device=field.device)).unbind(2)  # each (B, V, p, 4)
+        field = torch.einsum("bvijk,bvzk->bvijz", field, z)
+        field = torch.einsum("bvijz,bvyj->bviyz", field, y)
+        return torch.einsum("bviyz,bvxi->bvxyz", field, x).exp()
+
+
+def per_patch(numbers: Tensor, patches: Patches) -> Tensor:
+    """Numbers of each sequence (B, S) to the patches of that sequence, (B, V, 1, 1, 1)."""
+    return numbers.gather(1, patches.entry)[..., None, None, None]
+
+
+def _draw(exams: Exams, purpose: int, count: int = 1) -> Tensor:
+    """Numbers in [-1, 1), `count` for each sequence: (B, S), or (B, S, count)."""
+    S = exams.image.shape[1]
+    drawn = 2 * uniform(exams.seed, exams.slot, exams.view, purpose, S * count) - 1
+    return drawn.view(-1, S, count) if count > 1 else drawn

@@ -1,0 +1,228 @@
+"""Batches of exams: what every network of UMBIF takes. Reads the corpus in worker processes, sends int16.
+
+Shapes: B exams × views, S sequences, X Y Z voxels towards right, front, top.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.data import Dataset
+
+from umbif.corpus.shards import BRAIN, TUMOUR, Corpus
+from umbif.stream.order import Triple, View, draw_views, exam_of_slot
+
+SEQUENCES = ("t1", "t1ce", "t2", "flair", "dwi", "adc", "swi", "other")
+# How stored numbers are read, and what stands there for an absent sequence, so that nothing divides by zero.
+NUMBERS = {"scale": 0.0, "intercept": 0.0, "mean": 0.0, "std": 1.0, "low": 0.0, "high": 1.0}
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Exams:
+    """A batch. Sequences are packed: entry s of an exam is its s-th present one, and `sequence` says which that is.
+
+    `image` is the corpus' int16, all that travels to the device; what a network sees is made there.
+    """
+
+    image: Tensor  # (B, S, X, Y, Z) int16
+    scale: Tensor  # (B, S): intensity = image * scale + intercept
+    intercept: Tensor  # (B, S)
+    mean: Tensor  # (B, S) of the whole brain, as are the next
+    std: Tensor  # (B, S)
+    low: Tensor  # (B, S) darkest
+    high: Tensor  # (B, S) brightest
+    present: Tensor  # (B, S) bool
+    sequence: Tensor  # (B, S) int64, index into SEQUENCES
+    brain: Tensor  # (B, X, Y, Z) bool
+    crop_start: Tensor  # (B, 3) voxels of the exam's box
+    box: Tensor  # (B, 3) voxels
+    slot: Tensor  # (B,)
+    view: Tensor  # (B,)
+    exam: Tensor  # (B,) row of Corpus.exams
+    person: Tensor  # (B,)
+    spacing_mm: float
+    seed: int
+    tumour: Tensor | None = None  # (B, X, Y, Z) bool
+    target: Tensor | None = None  # (B,) float32
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Moves every tensor; Lightning calls it."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """For the DataLoader, so that copies to a GPU overlap its work."""
+        return self._map(Tensor.pin_memory)
+
+    def to_z_scores(self) -> tuple[Tensor, Tensor]:
+        """Factor and shift (B, S): z-score of the brain = image * factor + shift."""
+        return self.scale / self.std, (self.intercept - self.mean) / self.std
+
+    def z_range(self) -> tuple[Tensor, Tensor]:
+        """Z-score of the darkest voxel, and the span to the brightest (B, S)."""
+        return (self.low - self.mean) / self.std, ((self.high - self.low) / self.std).clamp_min(1e-6)
+
+    def z_scores(self) -> Tensor:
+        """(B, S, X, Y, Z) float32; background is as dark as the darkest brain."""
+        factor, shift = (numbers[:, :, None, None, None] for numbers in self.to_z_scores())
+        return self.image.float() * factor + shift
+
+    def padded(self, multiple: int) -> Self:
+        """Voxels of background added at the far ends, up to a multiple of the patch size."""
+        missing = [-n % multiple for n in self.image.shape[2:]]
+        if not any(missing):
+            return self
+        ends = [end for n in reversed(missing) for end in (0, n)]
+        tumour = None if self.tumour is None else pad(self.tumour, ends)
+        return replace(self, image=pad(self.image, ends), brain=pad(self.brain, ends), tumour=tumour)
+
+    def _map(self, move: Any) -> Self:
+        moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+
+class CropDataset(Dataset[list[Sample]]):
+    """Random views of exams, by slot.
+
+    Args:
+        corpus: Prepared exams.
+        exams: Rows of `corpus.exams` to draw from.
+        crop_size: Voxels of a crop.
+        seed: Of the stream.
+        num_views: Views of an exam.
+        disjoint_share: See `draw_views`.
+        keep_probability: See `draw_views`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        exams: npt.NDArray[np.int64],
+        *,
+        crop_size: Triple,
+        seed: int,
+        num_views: int = 2,
+        disjoint_share: float = 0.5,
+        keep_probability: float = 0.75,
+    ) -> None:
+        self.corpus, self.exams, self.crop_size, self.seed = corpus, exams, crop_size, seed
+        self.views = {"num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability}
+        self.width = most_sequences(corpus)
+        self.person = person_codes(corpus)
+
+    def __getitem__(self, slot: int) -> list[Sample]:
+        exam = int(self.exams[exam_of_slot(slot, len(self.exams), self.seed)])
+        box = self.corpus.frames(exam)[BRAIN].shape
+        views = draw_views(
+            self.seed, slot, sequences=self.corpus.sequences(exam), box=box, crop=self.crop_size,
+            num_views=self.views["num_views"], disjoint_share=self.views["disjoint_share"],
+            keep_probability=self.views["keep_probability"],
+        )  # fmt: skip
+        samples = [read_view(self.corpus, exam, view, self.crop_size, self.width) for view in views]
+        known = {"exam": exam, "person": self.person[exam], "slot": slot}
+        return [{**sample, **known, "view": number} for number, sample in enumerate(samples)]
+
+
+class WholeBrainDataset(Dataset[list[Sample]]):
+    """The whole brain's box of each exam with its target: nothing of a tumour can be cut off.
+
+    Args:
+        corpus: Prepared exams.
+        exams: Rows of `corpus.exams`.
+        targets: One number for each row of `exams`.
+        seed: Of the order; None keeps the order of `exams`, each once.
+    """
+
+    def __init__(
+        self, corpus: Corpus, exams: npt.NDArray[np.int64], targets: npt.NDArray[np.float32], seed: int | None = None
+    ) -> None:
+        self.corpus, self.exams, self.targets, self.seed = corpus, exams, targets, seed
+        self.width = most_sequences(corpus)
+        self.person = person_codes(corpus)
+
+    def __len__(self) -> int:
+        return len(self.exams)
+
+    def __getitem__(self, slot: int) -> list[Sample]:
+        at = slot if self.seed is None else exam_of_slot(slot, len(self.exams), self.seed)
+        exam = int(self.exams[at])
+        box = self.corpus.frames(exam)[BRAIN].shape
+        view = View((0, 0, 0), tuple(self.corpus.sequences(exam)))
+        sample = read_view(self.corpus, exam, view, box, self.width)
+        known = {"exam": exam, "person": self.person[exam], "slot": slot, "view": 0}
+        return [{**sample, **known, "target": self.targets[at]}]
+
+
+def read_view(corpus: Corpus, exam: int, view: View, size: Triple, width: int) -> Sample:
+    """One view from the corpus: int16 voxels and the numbers that make intensities of them.
+
+    Args:
+        corpus: Prepared exams.
+        exam: Row of `corpus.exams`.
+        view: Where and which sequences.
+        size: Voxels to read.
+        width: Entries of the sequence axis; those that are left over stay absent.
+    """
+    frames = corpus.frames(exam)
+    sample: Sample = {
+        "image": np.zeros((width, *size), dtype=np.int16),
+        "brain": corpus.read(frames[BRAIN], view.start, size).astype(bool),
+        "present": np.zeros(width, dtype=bool),
+        "sequence": np.full(width, SEQUENCES.index("other"), dtype=np.int64),
+        **{name: np.full(width, absent, dtype=np.float32) for name, absent in NUMBERS.items()},
+        "crop_start": np.asarray(view.start, dtype=np.int64),
+        "box": np.asarray(frames[BRAIN].shape, dtype=np.int64),
+    }
+    for entry, name in enumerate(view.sequences):
+        frame = frames[name]
+        sample["image"][entry] = corpus.read(frame, view.start, size, fill=frame.darkest)
+        sample["present"][entry] = True
+        sample["sequence"][entry] = SEQUENCES.index(name)
+        for number in NUMBERS:
+            sample[number][entry] = getattr(frame, number)
+    if TUMOUR in frames:
+        sample["tumour"] = corpus.read(frames[TUMOUR], view.start, size).astype(bool)
+    return sample
+
+
+def collate(samples: Sequence[list[Sample]], *, spacing_mm: float, seed: int) -> Exams:
+    """Joins the views of several exams; boxes of different sizes are padded at their far ends to the largest."""
+    views = [view for sample in samples for view in sample]
+    size = np.max([view["brain"].shape for view in views], axis=0)
+    stacked: dict[str, Tensor | None] = {}
+    for name in ("image", "brain", "tumour"):
+        if name == "tumour" and not all("tumour" in view for view in views):
+            stacked["tumour"] = None
+            continue
+        stacked[name] = torch.from_numpy(np.stack([_grown(view[name], size) for view in views]))
+    for name in (*NUMBERS, "present", "sequence", "crop_start", "box"):
+        stacked[name] = torch.from_numpy(np.stack([view[name] for view in views]))
+    for name in ("slot", "view", "exam", "person"):
+        stacked[name] = torch.tensor([int(view[name]) for view in views])
+    if "target" in views[0]:
+        stacked["target"] = torch.tensor([float(view["target"]) for view in views])
+    return Exams(spacing_mm=spacing_mm, seed=seed, **stacked)  # type: ignore[arg-type]
+
+
+def most_sequences(corpus: Corpus) -> int:
+    """The corpus' largest number of sequences in an exam: a width that no batch, rank or worker changes."""
+    return max(len(corpus.sequences(exam)) for exam in range(len(corpus)))
+
+
+def person_codes(corpus: Corpus) -> npt.NDArray[np.int64]:
+    """One number for each human of the corpus, by row of `corpus.exams`."""
+    codes, _ = corpus.exams["person"].factorize(sort=True)
+    return np.asarray(codes, dtype=np.int64)
+
+
+def _grown(array: npt.NDArray[Any], size: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    missing = [(0, 0)] * (array.ndim - 3) + [(0, int(n - m)) for n, m in zip(size, array.shape[-3:], strict=True)]
+    return np.pad(array, missing) if any(n for _, n in missing) else array

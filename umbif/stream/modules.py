@@ -1,0 +1,185 @@
+"""A corpus as endless training batches that resume from one integer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from umbif.corpus.shards import Corpus
+from umbif.errors import Problem, UsageError
+from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
+from umbif.stream.order import Triple, slots_of_rank
+
+VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
+
+
+@dataclass
+class Position:
+    """Where training stands in its endless stream."""
+
+    seed: int
+    next_slot: int = 0
+
+    def state(self, corpus: Corpus) -> dict[str, Any]:
+        """All that it takes to go on: one integer, and what it counts in."""
+        return {"next_slot": self.next_slot, "seed": self.seed, "corpus": corpus.identity}
+
+    def restore(self, state: dict[str, Any], corpus: Corpus) -> None:
+        """Goes on with the next slot, of the same corpus only."""
+        if state["corpus"] != corpus.identity:
+            raise UsageError(
+                Problem("the checkpoint was trained on another corpus", str(corpus.folder), "Choose another run.dir")
+            )
+        self.next_slot = state["next_slot"]
+
+
+class PretrainData(pl.LightningDataModule):
+    """Random crops of a corpus' training exams.
+
+    Args:
+        corpus: Folder that `umbif prepare` wrote.
+        crop_size: Voxels of a crop; multiples of the patch size.
+        global_batch_size: Exams of a micro-step over all ranks.
+        num_views: Views of each exam.
+        disjoint_share: Share of the exams with several sequences whose views have none in common.
+        keep_probability: How likely another view sees a sequence that its exam has.
+        num_workers: Reading processes of each rank.
+        num_val_exams: Held-out exams whose losses are logged.
+        seed: Of order and views.
+    """
+
+    def __init__(
+        self,
+        corpus: str,
+        crop_size: tuple[int, int, int] = (96, 96, 96),
+        global_batch_size: int = 64,
+        num_views: int = 2,
+        disjoint_share: float = 0.5,
+        keep_probability: float = 0.75,
+        num_workers: int = 4,
+        num_val_exams: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.corpus = Corpus(corpus)
+        self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
+        self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
+        self.num_views, self.disjoint_share, self.keep_probability = num_views, disjoint_share, keep_probability
+        self.position = Position(seed)
+
+    def train_dataloader(self) -> DataLoader[Exams]:
+        """This rank's share of every global batch, from the next slot on."""
+        rank, world_size = place(self.trainer)
+        batches = SlotBatches(self.position.next_slot, self.global_batch_size, rank, world_size)
+        return data_loader(self.dataset("train"), batches, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[Exams] | list[Any]:
+        """The same views of the same held-out exams every time."""
+        rank, world_size = place(self.trainer)
+        num_exams = min(self.num_val_exams, len(exams_of_split(self.corpus, "test")))
+        num_batches = num_exams // self.global_batch_size
+        if not num_batches:
+            return []
+        batches = SlotBatches(0, self.global_batch_size, rank, world_size, num_batches)
+        return data_loader(self.dataset("test"), batches, num_workers=0)
+
+    def dataset(self, split: str) -> CropDataset:
+        """The views of one split, by slot.
+
+        Raises:
+            UsageError: The split is empty.
+        """
+        exams = exams_of_split(self.corpus, split)
+        if not len(exams):
+            raise UsageError(Problem(f"the corpus has no exam in its {split} split", str(self.corpus.folder)))
+        return CropDataset(
+            self.corpus, exams, crop_size=self.crop_size, num_views=self.num_views,
+            seed=self.position.seed + (VALIDATION_SEED if split == "test" else 0),
+            disjoint_share=self.disjoint_share, keep_probability=self.keep_probability,
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Position.state`."""
+        return self.position.state(self.corpus)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `Position.restore`."""
+        self.position.restore(state_dict, self.corpus)
+
+
+class SlotBatches:
+    """Batch sampler: the slots of one rank, endless unless `num_batches` is given.
+
+    Raises:
+        UsageError: The world size does not divide the global batch.
+    """
+
+    def __init__(
+        self, start: int, global_batch_size: int, rank: int = 0, world_size: int = 1, num_batches: int | None = None
+    ) -> None:
+        if global_batch_size % world_size:
+            near = max(world_size, round(global_batch_size / world_size) * world_size)
+            raise UsageError(
+                Problem(
+                    f"data.global_batch_size={global_batch_size} cannot be shared by {world_size} processes",
+                    cure=f"The nearest that can is {near}",
+                )
+            )
+        self.place = start, global_batch_size, rank, world_size
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(slots_of_rank(*self.place), self.num_batches)
+
+
+def data_loader(dataset: CropDataset | WholeBrainDataset, batches: Any, num_workers: int) -> DataLoader[Exams]:
+    """A loader whose workers live as long as training and only read: they draw nothing."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=partial(collate, spacing_mm=dataset.corpus.spacing_mm, seed=dataset.seed or 0),
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def exams_of_split(corpus: Corpus, split: str) -> npt.NDArray[np.int64]:
+    """Rows of `corpus.exams`."""
+    return np.flatnonzero(corpus.exams["split"].to_numpy() == split)
+
+
+def place(trainer: pl.Trainer | None) -> tuple[int, int]:
+    """Rank and world size."""
+    return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+class SlotCounter(Callback):
+    """Counts the slots that training has used, and makes torch's own generator a function of them.
+
+    Dropout and drop path draw from torch's generator. Seeding it from (seed, slot, rank) before each batch leaves
+    no state that a checkpoint could miss.
+    """
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seeds torch for this batch."""
+        position: Position = trainer.datamodule.position  # type: ignore[attr-defined]
+        words = np.random.SeedSequence([position.seed, position.next_slot, trainer.global_rank]).generate_state(2)
+        torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advances the counter."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.position.next_slot += data.global_batch_size
+        pl_module.log("slot", float(data.position.next_slot))

@@ -1,0 +1,110 @@
+"""The order of samples and the views of each: pure functions of one counter.
+
+`slot` counts samples since the start of training. Everything random about a sample follows from (seed, slot), so ranks,
+workers and nodes never enter the randomness, and a run resumes from one integer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Triple = tuple[int, int, int]
+ORDER, VIEWS = 0, 1  # purposes of the generators below: their numbers are independent
+
+
+@dataclass(frozen=True)
+class View:
+    """One random look at an exam: the block of voxels from `start`, in some of its sequences."""
+
+    start: Triple
+    sequences: tuple[str, ...]
+
+
+def generator(seed: int, purpose: int, number: int) -> np.random.Generator:
+    """The generator that belongs to one slot (or epoch) and purpose."""
+    return np.random.Generator(np.random.Philox(key=[seed, number], counter=[0, 0, 0, purpose]))
+
+
+def exam_of_slot(slot: int, num_exams: int, seed: int) -> int:
+    """Every exam once an epoch, in an order of its own for each epoch."""
+    epoch, position = divmod(slot, num_exams)
+    return int(_epoch_order(epoch, num_exams, seed)[position])
+
+
+def slots_of_rank(start: int, global_batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """Endless batches of slots: each rank's contiguous share of each global batch.
+
+    Args:
+        start: First slot of the next global batch.
+        global_batch_size: Slots of a micro-step over all ranks; a multiple of `world_size`.
+        rank: Of this process.
+        world_size: Number of processes.
+    """
+    share = global_batch_size // world_size
+    while True:
+        first = start + rank * share
+        yield list(range(first, first + share))
+        start += global_batch_size
+
+
+def draw_views(
+    seed: int,
+    slot: int,
+    *,
+    sequences: Sequence[str],
+    box: Triple,
+    crop: Triple,
+    num_views: int,
+    disjoint_share: float,
+    keep_probability: float,
+) -> list[View]:
+    """The views of a slot.
+
+    Args:
+        seed: Of the stream.
+        slot: The sample's number.
+        sequences: Those that the exam has.
+        box: Voxels of the brain's box.
+        crop: Voxels of a crop; along an axis where the box is smaller, the crop is centred on it.
+        num_views: Of the exam.
+        disjoint_share: Of the exams with two sequences or more, the share whose views have no sequence in common.
+        keep_probability: Otherwise, how likely each view sees a sequence (one at least).
+    """
+    rng = generator(seed, VIEWS, slot)
+    subsets = _draw_subsets(rng, sequences, num_views, disjoint_share, keep_probability)
+    return [View(_draw_start(rng, box, crop), subset) for subset in subsets]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(epoch: int, num_exams: int, seed: int) -> npt.NDArray[np.int64]:
+    return generator(seed, ORDER, epoch).permutation(num_exams)
+
+
+def _draw_start(rng: np.random.Generator, box: Triple, crop: Triple) -> Triple:
+    x, y, z = (
+        int(rng.integers(0, b - c + 1)) if b > c else (b - c) // 2 for b, c in zip(box, crop, strict=True)
+    )  # fmt: skip
+    return x, y, z
+
+
+def _draw_subsets(
+    rng: np.random.Generator, sequences: Sequence[str], num_views: int, disjoint_share: float, keep_probability: float
+) -> list[tuple[str, ...]]:
+    if num_views > 1 and len(sequences) >= num_views and rng.random() < disjoint_share:
+        shuffled = [sequences[i] for i in rng.permutation(len(sequences))]
+        cuts = np.sort(rng.permutation(len(sequences) - 1)[: num_views - 1]) + 1
+        parts = np.split(np.arange(len(sequences)), cuts)
+        return [_in_order([shuffled[i] for i in part], sequences) for part in parts]
+    subsets = []
+    for _ in range(num_views):
+        keep = rng.random(len(sequences)) < keep_probability
+        keep[rng.integers(len(sequences))] = True
+        subsets.append(tuple(s for s, k in zip(sequences, keep, strict=True) if k))
+    return subsets
+
+
+def _in_order(chosen: Sequence[str], order: Sequence[str]) -> tuple[str, ...]:
+    return tuple(s for s in order if s in chosen)
