@@ -477,7 +477,7 @@ def test_building_a_wrong_recipe_tells_what_check_tells(root):
 
 
 def test_what_a_constructor_says_reaches_people_unchanged(root):
-    with pytest.raises(UsageError, match="^every_n_steps must be positive: got 0$"):
+    with pytest.raises(UsageError, match=r"^every_n_steps must be positive: got 0$"):
         build(compose("pretrain/tiny", ["callbacks.beat.every_n_steps=0"]))
     with pytest.raises(KeyError, match="wide"):
         build(compose("pretrain/tiny", ["model.heads=[{class_path: recipe_toys.Conv, width: 100}]"]))

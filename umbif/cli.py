@@ -37,13 +37,14 @@ def ls(group: Annotated[str | None, typer.Argument(help="prepare, pretrain, fine
     """Lists the recipes."""
     from rich.table import Table
 
-    from umbif.recipe import list_recipes
+    from umbif.recipe import compose, list_recipes
 
     table = Table(box=None, pad_edge=False)
     for column in ("recipe", "what it does", "hardware"):
         table.add_column(column)
-    for recipe in list_recipes(group):
-        table.add_row(recipe.name, str(recipe.about.get("summary", "")), str(recipe.about.get("hardware", "")))
+    for name in list_recipes(group):
+        about = compose(name).about
+        table.add_row(name, str(about.get("summary", "")), str(about.get("hardware", "")))
     console.print(table)
     following("umbif show RECIPE", "umbif cp RECIPE mine.yaml")
 
@@ -126,10 +127,11 @@ def prepare(
     """Makes a corpus of a manifest: aligned, cropped, compressed, checked. Goes on where it stopped."""
     from umbif.corpus import prepare as engine
     from umbif.corpus.manifest import read_manifest
-    from umbif.recipe import build_node, compose
+    from umbif.recipe import compose
+    from umbif.recipe_check import construct
 
     table = read_manifest(manifest)
-    how = build_node(compose(recipe, overrides or []))
+    how = construct(compose(recipe, overrides or []))
     if not merge:
         numbers = engine.parse_part(part) if part else (1, 1)
         engine.prepare_corpus(table, output, how, part=numbers, num_workers=workers)

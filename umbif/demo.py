@@ -14,7 +14,8 @@ from umbif.errors import Problem, UsageError
 from umbif.evaluation.report import write_report
 from umbif.fit import fit
 from umbif.progress import console
-from umbif.recipe import build_node, compose
+from umbif.recipe import compose
+from umbif.recipe_check import construct
 
 NUM_EXAMS = 240
 TEST_FRACTION = 0.4  # of the people: with fewer the intervals would say nothing
@@ -85,7 +86,7 @@ def _manifest(out: Path, null: bool) -> pd.DataFrame:
 
 def _corpus(out: Path, manifest: pd.DataFrame) -> Path:
     folder = out / "corpus"
-    prepare_corpus(manifest, folder, build_node(compose("prepare/brain_2mm")))
+    prepare_corpus(manifest, folder, construct(compose("prepare/brain_2mm")))
     console.print(merge(manifest, folder))
     return folder
 

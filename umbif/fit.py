@@ -13,7 +13,8 @@ from umbif.encoders.weights import CONFIG
 from umbif.errors import UsageError
 from umbif.progress import console
 from umbif.quiet import quiet
-from umbif.recipe import Recipe, build, check
+from umbif.recipe import Recipe
+from umbif.recipe_check import build, check
 from umbif.run import is_leader, open_run
 from umbif.scale.callbacks import Throughput, TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
@@ -57,7 +58,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     resume = newest_complete(folder / "checkpoints")
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
-    trainer = make_trainer(built.trainer, list(built.callbacks.values()), folder, resume)
+    trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
     if resume is not None:
         console.print(f"Going on from step {step_of(resume)} of {folder}")
     log.info("training starts at step %s", step_of(resume) if resume else 0)

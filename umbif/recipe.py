@@ -325,7 +325,7 @@ def _unresolved(error: Exception, key: str, known: Sequence[str]) -> Problem:
     missing = re.search(r"Interpolation key '(.+?)' not found", str(error))
     if not missing:
         return Problem(f"{key} cannot be resolved", _one_line(error))
-    hint = nearest(missing[1], known)
+    hint = nearest(missing[1], [other for other in known if other != key])
     cure = hint if hint.startswith("Did") else f"Give it: {missing[1]}=VALUE, or change {key}"
     return Problem(f"{key} refers to {missing[1]}, which is not set", cure=cure)
 

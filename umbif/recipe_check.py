@@ -259,7 +259,7 @@ def _instantiate(parser: "ArgumentParser", config: dict[str, Any]) -> Any:
         inner: BaseException = error
         while "Union subtypes" in str(inner) and inner.__cause__ is not None:
             inner = inner.__cause__
-        raise inner from None
+        raise inner from inner.__cause__
 
 
 def _required(error: str) -> list[str]:

@@ -1,0 +1,48 @@
+"""What `umbif check` does: everything that can fail before an hour is spent."""
+
+import time
+from collections.abc import Iterable
+
+import torch
+
+from umbif.errors import UsageError
+from umbif.quiet import quiet
+from umbif.recipe import Recipe
+from umbif.recipe_check import build, check, construct
+
+
+def check_recipe(recipe: Recipe) -> str:
+    """Composes, checks types, builds, and reads one batch.
+
+    Returns:
+        What was found to be in order, for people.
+
+    Raises:
+        UsageError: All problems at once.
+    """
+    quiet()
+    problems = check(recipe)
+    if problems:
+        raise UsageError(problems, recipe.name)
+    if "model" not in recipe.tree:
+        return f"{recipe.name}: {construct(recipe)}"
+    built = build(recipe)
+    parameters = count(built.model.parameters())
+    encoder = count(built.model.encoder.parameters())
+    start = time.perf_counter()
+    batch = next(iter(built.data.train_dataloader()))
+    read_s = time.perf_counter() - start
+    sequences = batch.present.sum(1).float().mean().item()
+    return "\n".join([
+        f"{recipe.name}: no problem found",
+        f"  parameters   {parameters / 1e6:.2f} million, {encoder / 1e6:.2f} million of them in the encoder",
+        f"  corpus       {len(built.data.corpus)} exams at {built.data.corpus.spacing_mm:g} mm",
+        f"  batch        {len(batch)} views of {' x '.join(map(str, batch.image.shape[2:]))} voxels, "
+        f"{sequences:.1f} sequences each, read in {read_s:.2f} s",
+        f"  run folder   {recipe.tree['run']['dir']}",
+    ])  # fmt: skip
+
+
+def count(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Numbers in some parameters."""
+    return sum(p.numel() for p in parameters)
