@@ -49,7 +49,7 @@ def ls(group: Annotated[str | None, typer.Argument(help="prepare, pretrain, fine
     following("umbif show RECIPE", "umbif cp RECIPE mine.yaml")
 
 
-@app.command(epilog=example("umbif show pretrain/umbif_tiny", "umbif show pretrain/umbif_tiny hardware=1gpu model.lr=1e-3"))
+@app.command(epilog=example("umbif show pretrain/umbif_tiny", "umbif show pretrain/umbif_tiny hardware=1gpu"))
 def show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Shows a recipe with everything filled in, and where each value comes from."""
     from umbif.recipe import compose
@@ -164,7 +164,7 @@ def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command(epilog=example("umbif report runs/idh runs/mgmt -o report.html"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders with predictions.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: report.html in the first run.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: in the first run.")] = None,
 ) -> None:
     """Statistics, comparisons and figures of predictions, as one HTML page. Needs no GPU."""
     from umbif.evaluation.report import write_report
@@ -172,7 +172,7 @@ def report(
     print(f"Wrote {write_report(runs, output or runs[0] / 'report.html')}")
 
 
-@app.command(epilog=example("umbif phantom -o phantom --exams 20", "umbif phantom -o phantom_1mm --exams 4 --spacing 1"))
+@app.command(epilog=example("umbif phantom -o phantom", "umbif phantom -o phantom_1mm --exams 4 --spacing 1"))
 def phantom(
     output: Annotated[Path, typer.Option("-o", "--output", help="An empty folder, or one to go on with.")],
     exams: Annotated[int, typer.Option(help="How many.")] = 20,
@@ -193,7 +193,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where everything goes.")] = Path("runs/demo"),
     null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: the report must find nothing.")] = False,
 ) -> None:
-    """The whole way on a laptop: synthetic exams, pretraining, four tasks, a report. About eight minutes on two cores."""
+    """The whole way on a laptop: synthetic exams, pretraining, four tasks, a report. Minutes on two cores."""
     from umbif.demo import run_demo
 
     page = run_demo(output, null=null)

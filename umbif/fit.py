@@ -17,7 +17,7 @@ from umbif.recipe import Recipe
 from umbif.recipe_check import build, check
 from umbif.run import is_leader, open_run
 from umbif.scale.callbacks import Throughput, TrainingProgress
-from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
+from umbif.scale.checkpoint import AtomicCheckpointIO, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
 from umbif.stream.modules import SlotCounter
 

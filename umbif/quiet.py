@@ -20,7 +20,7 @@ HARMLESS = {
     # Training is one endless epoch: there is no end of an epoch to aggregate over.
     r".*log_every_n_steps=\d+.*": UserWarning,
 }
-CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed", "nilearn", "matplotlib.font_manager")
+CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed", "nilearn", "matplotlib")
 
 
 def quiet() -> None:

@@ -1,7 +1,7 @@
 """The run folder: one layout whatever made it, one writer at a time, and enough in it to explain the result.
 
-    runs/NAME/  recipe.yaml  origin.yaml  command.txt  environment.json  metrics.csv  tensorboard/
-                checkpoints/step=000100/  encoder/  figures/  log.txt  predictions.parquet  report.html
+runs/NAME/ holds recipe.yaml, origin.yaml, command.txt, environment.json, metrics.csv, tensorboard/,
+checkpoints/step=000100/, encoder/, figures/, log.txt, predictions.parquet and report.html.
 """
 
 import json
@@ -102,7 +102,8 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_provenance(folder: Path, recipe: Recipe) -> None:
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
-    (folder / "origin.yaml").write_text("".join(f"{key}: {json.dumps(origin)}\n" for key, origin in recipe.origins.items()))
+    origins = "".join(f"{key}: {json.dumps(origin)}\n" for key, origin in recipe.origins.items())
+    (folder / "origin.yaml").write_text(origins)
     with (folder / "command.txt").open("a") as file:
         file.write(shlex.join(["umbif", *sys.argv[1:]]) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2))

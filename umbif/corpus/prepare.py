@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from umbif.corpus.preprocess import PreparedExam, Preparation, UnusableExam, is_finer, prepare_exam
+from umbif.corpus.preprocess import Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import BRAIN, NUMBERS, TUMOUR, ShardWriter, encode
 from umbif.errors import Problem, UmbifError, UsageError
@@ -41,7 +41,7 @@ def prepare_corpus(
         out: The corpus folder. Parts of one corpus share it.
         how: The preparation recipe.
         part: (i, n): exams i, i+n, i+2n, … of n parts, counted from 1.
-        num_workers: Processes; default, the cores of this machine.
+        num_workers: Processes; 0 for none beside this one. Default, the cores of this machine.
 
     Raises:
         UsageError: The folder holds a corpus of another manifest or recipe.
@@ -119,7 +119,11 @@ def _exams_of(manifest: pd.DataFrame) -> list[tuple[str, list[Row]]]:
     usable = manifest[manifest["status"] == "ok"]
     with_image = set(usable.loc[usable["role"] == "image", "exam"])
     groups = usable[usable["exam"].isin(with_image)].groupby("exam", sort=True)
-    return [(str(exam), rows.to_dict("records")) for exam, rows in groups]
+    return [(str(exam), _records(rows)) for exam, rows in groups]
+
+
+def _records(rows: pd.DataFrame) -> list[Row]:
+    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
 def _exams_done(out: Path) -> set[str]:
@@ -130,7 +134,8 @@ def _exams_done(out: Path) -> set[str]:
 
 def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | None) -> Iterator[tuple[Any, ...]]:
     """Results in the order of the jobs, with a bounded number in flight so that memory stays bounded."""
-    if not jobs:
+    if num_workers == 0 or len(jobs) <= 1:
+        yield from (_prepare_one(*job) for job in jobs)
         return
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_calm_worker) as pool:

@@ -6,6 +6,7 @@ Shapes: X Y Z are voxel axes towards the patient's right, front and top.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from scipy import ndimage
 
 from umbif.corpus.readers import Volume
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 SAME_GRID_MM = 1e-3  # two grids that differ by less are one grid: no resampling, so no blurring
 
 
@@ -120,7 +121,7 @@ def quantise(values: Array, brain: Array, clip_percentiles: tuple[float, float])
     if np.array_equal(brain_values, np.rint(brain_values)) and low >= -32768 and high <= 32767:
         scale, intercept = 1.0, 0.0
     else:
-        scale, intercept = max((high - low) / 65534.0, np.finfo(np.float32).tiny), (high + low) / 2
+        scale, intercept = max((high - low) / 65534.0, 1e-30), (high + low) / 2
     stored = np.rint((clipped - intercept) / scale).astype(np.int16)
     std = float(brain_values.std()) or 1.0  # a sequence without any contrast becomes all zeros, not NaN
     return StoredVolume(stored, scale, intercept, float(brain_values.mean()), std, low, high)

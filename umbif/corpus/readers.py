@@ -37,7 +37,7 @@ class Limits:
     max_spacing_mm: float = 10.0
 
 
-class BadVolume(UmbifError):  # noqa: N818
+class BadVolume(UmbifError):
     """A file that cannot be used as a volume.
 
     Args:

@@ -1,8 +1,8 @@
 """The corpus on disk: Blosc2 frames in shard files and one index, every read checked.
 
 A frame is a standard Blosc2 array of one volume (or mask) of one exam. Frames stand 4 KiB-aligned in files of about
-1 GB, so that a cluster's file system sees hundreds of files and not hundreds of thousands, and a crop is decoded without
-the rest of its volume.
+1 GB, so that a cluster's file system sees hundreds of files and not hundreds of thousands, and a crop is decoded
+without the rest of its volume.
 """
 
 import json
@@ -46,6 +46,7 @@ class ShardWriter:
 
     @property
     def num_bytes(self) -> int:
+        """Written so far."""
         return self.file.tell()
 
     def append(self, frame: bytes) -> dict[str, Any]:
@@ -155,7 +156,7 @@ class Corpus:
         return Frame(row, str(c["name"][row]), (x, y, z), *numbers)
 
     def _exam_table(self) -> pd.DataFrame:
-        per_frame = ["name", "sequence", "shard", "byte_offset", "byte_length", "crc32c", *NUMBERS, "affine", "voxel_sha256", "path"]  # fmt: skip
+        per_frame = (*LOOKED_UP, "sequence", "affine", "voxel_sha256", "path")
         table = self.index.drop(columns=[c for c in per_frame if c in self.index])
         return table.drop_duplicates("exam").reset_index(drop=True)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of an encoder for a binary task on the whole brain; layer-wise rates after Bao et al. 2022 (arXiv:2106.08254)."""
+"""Fine-tuning for a binary task on the whole brain; layer-wise rates after Bao et al. 2022 (arXiv:2106.08254)."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class FineTune(pl.LightningModule):
         self.layer_decay, self.model_name = layer_decay, model_name
         self.augmentation = augmentation or Augmentation(curve=0.2, bias=0.05, scale=0.05)
         self.guard = Guard(gradient_clip)
-        self.optimisation = {
+        self.optimisation: dict[str, Any] = {
             "lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "betas": (0.9, 0.999),
             "max_steps": max_steps,
         }  # fmt: skip
@@ -104,12 +104,12 @@ class FineTune(pl.LightningModule):
     def on_fit_start(self) -> None:
         """A fresh head starts from the prevalence, so that the first steps need not find it."""
         if self.global_step == 0:
-            share = min(max(self.trainer.datamodule.prevalence(), 0.01), 0.99)  # type: ignore[attr-defined]
-            nn.init.constant_(self.head.linear.bias, float(np.log(share / (1 - share))))  # type: ignore[union-attr,arg-type]
+            share = min(max(self.trainer.datamodule.prevalence(), 0.01), 0.99)
+            nn.init.constant_(self.head.get_parameter("linear.bias"), float(np.log(share / (1 - share))))
 
     def export(self, folder: Path, recipe: dict[str, Any]) -> None:
         """Writes predictions.parquet, `encoder/` and the head."""
-        data: TaskData = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: TaskData = self.trainer.datamodule
         table = predictions(self.trainer, self, data)
         if not self.trainer.is_global_zero:
             return
@@ -117,7 +117,8 @@ class FineTune(pl.LightningModule):
         threshold = float(table["threshold"].iloc[0])
         about = {"task": data.task, "positive": data.positive, "threshold": threshold}
         about |= {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.head.state_dict().items()}, folder / "head.safetensors")
+        head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
+        save_file(head, folder / "head.safetensors")
         save_encoder(self.encoder, folder / "encoder", {"steps": self.global_step, **about})
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
@@ -168,12 +169,12 @@ def write_predictions(table: pd.DataFrame, folder: Path) -> Path:
 
 
 def _table(
-    data: TaskData, model: str, split: str, rows: Any, y: npt.NDArray[Any], score: npt.NDArray[Any], threshold: float
+    data: TaskData, model: str, split: str, rows: Any, y: npt.NDArray[Any], score: npt.NDArray[Any], cut: float
 ) -> pd.DataFrame:
     exams = data.exams.iloc[rows]
     columns = {name: exams[name].to_numpy() for name in ("exam", "person", "dataset", "site")}
     return pd.DataFrame({
-        **columns, "task": data.task, "model": model, "repeat": 0, "fold": 0, "seed": data.position.seed, "split": split,
-        "class": data.positive, "y": y.astype(int), "score": score.astype(float), "threshold": threshold,
+        **columns, "task": data.task, "model": model, "repeat": 0, "fold": 0, "seed": data.position.seed,
+        "split": split, "class": data.positive, "y": y.astype(int), "score": score.astype(float), "threshold": cut,
         "time": np.nan, "event": np.nan,
     })  # fmt: skip

@@ -61,6 +61,7 @@ class WarmupCosine:
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
 
     def __call__(self, step: int) -> float:
+        """Called by LambdaLR."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)

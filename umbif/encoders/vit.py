@@ -72,7 +72,8 @@ class ViT3D(nn.Module):
         Returns:
             Tokens (B, V, E) and their mean over the valid ones (B, E).
         """
-        tokens = self.embed(patches.voxels.flatten(2)) + self.position(patches.position_mm) + self.sequence(patches.sequence)
+        place = self.position(patches.position_mm) + self.sequence(patches.sequence)
+        tokens = self.embed(patches.voxels.flatten(2)) + place
         num_registers = self.registers.shape[1]
         tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
         mask = key_mask(patches.valid, num_registers)
@@ -174,7 +175,7 @@ def mlp(width: int, ratio: float) -> nn.Sequential:
 
 
 def key_mask(valid: Tensor, num_always: int = 0) -> Tensor | None:
-    """Mask for attention from `valid` (B, V), after `num_always` keys that all may see; None where nothing is hidden."""
+    """Attention mask of `valid` (B, V) after `num_always` keys that all may see; None where nothing is hidden."""
     if bool(valid.all()):
         return None
     return nn.functional.pad(valid, (num_always, 0), value=True)[:, None, None, :]

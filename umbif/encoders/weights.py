@@ -1,18 +1,30 @@
-"""Encoders on disk: `model.safetensors` with a `config.json` that says what they are and how to prepare exams for them."""
+"""Encoders on disk: `model.safetensors`, and a `config.json` that says what they are and how exams were prepared."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from umbif.errors import Problem, UsageError
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
-def save_encoder(encoder: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+class Encoder(Protocol):
+    """What saving needs of an encoder: its arguments, and its tensors."""
+
+    config: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor by name."""
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool) -> Any:
+        """Takes every tensor by name."""
+
+
+def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
     """Writes an encoder folder; `about` (preparation, run, versions) goes into its config."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
@@ -49,7 +61,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_encoder_weights(encoder: nn.Module, path: str | Path) -> None:
+def load_encoder_weights(encoder: Encoder, path: str | Path) -> None:
     """Loads weights into an encoder of the same configuration, every tensor or none.
 
     Raises:

@@ -1,7 +1,7 @@
 """Transformer decoder by cross-attention to the visible tokens (CrossMAE: Fu et al. 2024, arXiv:2401.14391).
 
-A hidden patch is asked for by its place and its sequence; the answers do not see each other, so any subset of the hidden
-patches can be decoded at a cost in proportion.
+A hidden patch is asked for by its place and its sequence; the answers do not see each other, so any subset of the
+hidden patches can be decoded at a cost in proportion.
 Shapes: B exams × views, V visible tokens, T targets, E encoder width, D decoder width, P voxels of a patch.
 """
 

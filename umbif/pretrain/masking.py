@@ -1,4 +1,4 @@
-"""Which patches an encoder sees and which a decoder must predict; random masking after He et al. 2022 (arXiv:2111.06377).
+"""Which patches an encoder sees and which a decoder must predict, after He et al. 2022 (arXiv:2111.06377).
 
 The budgets are fixed, so a batch is rectangular whatever sequences its exams have, and background is never encoded.
 Shapes: B exams × views, S sequences, N patches of a crop, V visible, T targets.

@@ -1,8 +1,8 @@
-"""UMBIF: masked reconstruction coupled with contrast of two views (after He et al. 2022, arXiv:2111.06377,
-and Chen et al. 2020, arXiv:2002.05709; the coupling follows Li et al., JCO Precision Oncology 2026, which published no code).
+"""UMBIF: masked reconstruction coupled with contrast of two views (after He et al. 2022, arXiv:2111.06377, and
+Chen et al. 2020, arXiv:2002.05709; coupled as in Li et al., JCO Precision Oncology 2026, which published no code).
 
-Two views of an exam are encoded in one forward from a fixed budget of visible patches. A cross-attention decoder predicts
-hidden patches; the mean of the visible tokens, projected, is matched between the views.
+Two views of an exam are encoded in one forward from a fixed budget of visible patches. A cross-attention decoder
+predicts hidden patches; the mean of the visible tokens, projected, is matched between the views.
 Shapes: B exams × views, V visible tokens, T targets, E width, P voxels of a patch.
 """
 
@@ -88,7 +88,7 @@ class UMBIF(pl.LightningModule):
             )
         if contrast_weight:
             self.projector = projector(encoder.embed_dim, projector_dim)
-        self.optimisation = {
+        self.optimisation: dict[str, Any] = {
             "lr": lr * global_batch_size / 256, "warmup_steps": warmup_steps, "weight_decay": weight_decay,
             "betas": betas, "max_steps": max_steps,
         }  # fmt: skip
@@ -155,13 +155,13 @@ class UMBIF(pl.LightningModule):
 
     def export(self, folder: Path, recipe: dict[str, Any]) -> None:
         """Writes `encoder/` with what a later user has to know, and pictures of reconstructions."""
-        data: PretrainData = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: PretrainData = self.trainer.datamodule
         if not self.trainer.is_global_zero:
             return
         if self.reconstruction_weight:
             self.cpu().picture(data, folder / "figures")
-        about = {"steps": self.global_step, "corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
-        save_encoder(self.encoder, folder / "encoder", about)
+        about = {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
+        save_encoder(self.encoder, folder / "encoder", {"steps": self.global_step, **about})
 
     def picture(self, data: PretrainData, folder: Path) -> None:
         """Reconstruction of one held-out exam (of a training exam where none is held out)."""

@@ -25,11 +25,13 @@ class TrainingProgress(Callback):
         self.start_s = self.said_s = time.monotonic()
         self.start_step = trainer.global_step
         if trainer.is_global_zero and sys.stdout.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(),
-                       TextColumn("{task.fields[said]}"), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            said = TextColumn("{task.fields[said]}")
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), said,
+                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
             self.bar = Progress(*columns, console=console)
             self.bar.start()
-            self.task = self.bar.add_task("Training", total=trainer.max_steps, completed=trainer.global_step, said="")
+            done, total = trainer.global_step, trainer.max_steps
+            self.task = self.bar.add_task("Training", total=total, completed=done, said="")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Tells the step, the loss and the time left."""
@@ -86,7 +88,7 @@ class Throughput(Callback):
     ) -> None:
         """Logs at the Trainer's interval."""
         now = self.ended_s = time.monotonic()
-        self.num_exams += trainer.datamodule.global_batch_size  # type: ignore[attr-defined]
+        self.num_exams += trainer.datamodule.global_batch_size
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:
             span = max(now - self.since_s, 1e-9)
             pl_module.log("throughput/exams_per_s", self.num_exams / span)

@@ -50,7 +50,8 @@ class AtomicCheckpointIO(CheckpointIO):
             _to_disk(path.parent)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise UmbifError(f"The checkpoint {path} could not be written: {error}. Earlier ones are intact.") from error
+            message = f"The checkpoint {path} could not be written: {error}. Earlier ones are intact."
+            raise UmbifError(message) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Reads tensors and plain values only, never code."""

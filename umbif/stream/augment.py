@@ -59,8 +59,8 @@ class Augmentation:
     def _bias_field(self, patches: Patches, exams: Exams) -> Tensor:
         """(B, V, p, p, p), one smooth field over the head for each sequence of each view."""
         p, num = patches.voxels.shape[-1], ORDER + 1
-        low_order = sum(torch.meshgrid(*[torch.arange(num)] * 3, indexing="ij")) <= ORDER
-        drawn = self.bias * _draw(exams, BIAS, num**3) * low_order.flatten().to(exams.image.device)
+        degree = torch.stack(torch.meshgrid(*[torch.arange(num, device=exams.image.device)] * 3, indexing="ij")).sum(0)
+        drawn = self.bias * _draw(exams, BIAS, num**3) * (degree <= ORDER).flatten()
         field = drawn.view(*drawn.shape[:2], num, num, num)
         row = torch.arange(len(field), device=field.device)[:, None]
         field = field[row, patches.entry]  # (B, V, 4, 4, 4): coefficients of x, y and z

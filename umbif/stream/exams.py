@@ -114,7 +114,7 @@ class CropDataset(Dataset[list[Sample]]):
         keep_probability: float = 0.75,
     ) -> None:
         self.corpus, self.exams, self.crop_size, self.seed = corpus, exams, crop_size, seed
-        self.views = {"num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability}
+        self.num_views, self.disjoint_share, self.keep_probability = num_views, disjoint_share, keep_probability
         self.width = most_sequences(corpus)
         self.person = person_codes(corpus)
 
@@ -123,8 +123,7 @@ class CropDataset(Dataset[list[Sample]]):
         box = self.corpus.frames(exam)[BRAIN].shape
         views = draw_views(
             self.seed, slot, sequences=self.corpus.sequences(exam), box=box, crop=self.crop_size,
-            num_views=self.views["num_views"], disjoint_share=self.views["disjoint_share"],
-            keep_probability=self.views["keep_probability"],
+            num_views=self.num_views, disjoint_share=self.disjoint_share, keep_probability=self.keep_probability,
         )  # fmt: skip
         samples = [read_view(self.corpus, exam, view, self.crop_size, self.width) for view in views]
         known = {"exam": exam, "person": self.person[exam], "slot": slot}

@@ -140,7 +140,7 @@ class SlotBatches:
         return islice(slots_of_rank(*self.place), self.num_batches)
 
 
-def data_loader(dataset: CropDataset | WholeBrainDataset, batches: Any, num_workers: int) -> DataLoader[Exams]:
+def data_loader(dataset: CropDataset | WholeBrainDataset, batches: Any, num_workers: int) -> DataLoader[Any]:
     """A loader whose workers live as long as training and only read: they draw nothing."""
     return DataLoader(
         dataset,
@@ -170,9 +170,11 @@ class SlotCounter(Callback):
     no state that a checkpoint could miss.
     """
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Seeds torch for this batch."""
-        position: Position = trainer.datamodule.position  # type: ignore[attr-defined]
+        position: Position = trainer.datamodule.position
         words = np.random.SeedSequence([position.seed, position.next_slot, trainer.global_rank]).generate_state(2)
         torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
@@ -180,6 +182,6 @@ class SlotCounter(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advances the counter."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule
         data.position.next_slot += data.global_batch_size
         pl_module.log("slot", float(data.position.next_slot))

@@ -1,6 +1,6 @@
 """Patches of exams: where they lie, which hold brain, and their intensities, without a touch on the others.
 
-Shapes: B exams × views, S sequences, N patches of a crop, V chosen patches (over all sequences), p voxels along an edge.
+Shapes: B exams × views, S sequences, N patches of a crop, V chosen patches over all sequences, p voxels along an edge.
 """
 
 from dataclasses import dataclass, replace

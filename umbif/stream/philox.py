@@ -1,4 +1,6 @@
-"""Random numbers as a pure function of a counter, on any device (Philox4x32-10: Salmon et al. 2011, doi:10.1145/2063384.2063405).
+"""Random numbers as a function of a counter, on any device: Philox4x32-10 (Salmon et al. 2011).
+
+doi:10.1145/2063384.2063405
 
 A generator with a state would have to be saved, restored and kept apart between ranks; a function of (seed, slot, view)
 has nothing to keep. Integer arithmetic only, so that a CPU and a GPU give the same bits.
