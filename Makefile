@@ -12,7 +12,7 @@ help:  ## List these targets
 	@echo "  Further arguments go into ARGS:  make demo ARGS=--null    make test ARGS='-k recipe'"
 
 setup:  ## Make .venv and install everything into it (a few minutes, once)
-	@.ci/setup dev
+	@.ci/setup dev $(if $(filter setup,$(MAKECMDGOALS)),say)
 
 demo: setup  ## The whole way on synthetic exams, CPU only; a report in runs/demo
 	@$(BIN)/umbif demo $(ARGS)

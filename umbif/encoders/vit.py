@@ -19,6 +19,7 @@ from umbif.stream.patches import Patches, choose, gather, patch_grid
 
 SHORTEST_WAVE_PATCHES = 2.0  # two neighbouring patches stand half a wave apart
 LONGEST_WAVE_MM = 400.0  # longer than any head
+SEQUENCE_STD = 0.7  # as large as a sine: what a token is of weighs as much as where it is
 
 
 class ViT3D(nn.Module):
@@ -60,7 +61,7 @@ class ViT3D(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(initialise)
         nn.init.normal_(self.registers, std=0.02)
-        nn.init.normal_(self.sequence.weight, std=0.02)
+        nn.init.normal_(self.sequence.weight, std=SEQUENCE_STD)
         if weights is not None:
             from umbif.encoders.weights import load_encoder_weights
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from umbif.encoders.vit import MillimetrePosition, initialise, key_mask, mlp
+from umbif.encoders.vit import SEQUENCE_STD, MillimetrePosition, initialise, key_mask, mlp
 from umbif.stream.exams import SEQUENCES
 
 
@@ -36,7 +36,7 @@ class CrossDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, patch_size**3)
         self.apply(initialise)
-        nn.init.normal_(self.sequence.weight, std=0.02)
+        nn.init.normal_(self.sequence.weight, std=SEQUENCE_STD)
 
     def forward(self, tokens: Tensor, valid: Tensor, position_mm: Tensor, sequence: Tensor) -> Tensor:
         """Visible tokens (B, V, E) and the places (B, T, 3) and sequences (B, T) asked for, to voxels (B, T, P)."""

@@ -26,8 +26,8 @@ class TrainingProgress(Callback):
         self.start_step = trainer.global_step
         if trainer.is_global_zero and sys.stdout.isatty():
             said = TextColumn("{task.fields[said]}")
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), said,
-                       TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+            left = TextColumn("left"), TimeRemainingColumn()
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), said, *left
             self.bar = Progress(*columns, console=console)
             self.bar.start()
             done, total = trainer.global_step, trainer.max_steps

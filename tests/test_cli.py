@@ -1,0 +1,85 @@
+"""A person's mistake ends with one clear message and exit code 2, never with a traceback."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from umbif import cli
+
+FIT = ("fit", "pretrain/umbif_tiny")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([*FIT, "model.num_visibel=3"], ["model.num_visibel", "num_visible"]),
+        ([*FIT, "trainer.max_steps=many"], ["trainer.max_steps", "'many'"]),
+        ([*FIT, "model.encoder.detph=2", "trainer.max_stps=3"], ["2 problems", "Did you mean depth?", "max_steps"]),
+        (["fit", "pretrain/umbif_tini"], ["pretrain/umbif_tini", "Did you mean pretrain/umbif_tiny?"]),
+        ([*FIT, "data.corpus=/nowhere"], ["data.corpus", "/nowhere", "umbif prepare"]),
+        ([*FIT, "oops"], ["oops", "key=value"]),
+        (["index", "/nowhere"], ["/nowhere"]),
+        (["prepare", "/nowhere.parquet"], ["/nowhere.parquet", "umbif index"]),
+        (["report", "/nowhere"], ["/nowhere"]),
+        (["cp", "pretrain/umbif_tini", "x.yaml"], ["Did you mean pretrain/umbif_tiny?"]),
+        (["ls", "pretrian"], ["pretrian", "Did you mean pretrain?"]),
+    ],
+)
+def test_mistakes_are_answered(
+    command: list[str], said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(command, monkeypatch, capsys)
+    assert code == 2
+    assert all(part in err for part in said), err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 6, err
+
+
+def test_a_corrupt_yaml_file_is_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("model: [1, 2\n")
+    code, _, err = run(["fit", str(tmp_path / "mine.yaml")], monkeypatch, capsys)
+    assert code == 2
+    assert "mine.yaml" in err
+
+
+def test_ls_shows_every_recipe_and_what_to_type_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(["ls"], monkeypatch, capsys)
+    assert code == 0
+    assert "pretrain/umbif_tiny" in out
+    assert "_parts" not in out
+    assert "Next:" in out
+
+
+def test_a_run_is_not_continued_with_another_model(
+    corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", "data.crop_size=[16,16,16]",
+             "data.global_batch_size=2", "data.num_workers=0", "data.num_val_exams=0"]  # fmt: skip
+    assert run([*FIT, *small, "trainer.max_steps=2"], monkeypatch, capsys)[0] == 0
+    code, _, err = run([*FIT, *small, "trainer.max_steps=2", "model.lr=1.0"], monkeypatch, capsys)
+    assert code == 2
+    assert "model.lr was 0.016, is now 1.0" in err
+    code, out, _ = run([*FIT, *small, "trainer.max_steps=2"], monkeypatch, capsys)
+    assert code == 0
+    assert "nothing to do" in out
+    assert run([*FIT, *small, "trainer.max_steps=3"], monkeypatch, capsys)[0] == 0
+
+
+def run(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["umbif", *command])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err

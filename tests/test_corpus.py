@@ -1,0 +1,451 @@
+"""Preparing keeps voxels and geometry, survives a cut-off, and nothing damaged or incomplete is published or read."""
+
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from umbif.corpus import prepare
+from umbif.corpus.index import build_manifest
+from umbif.corpus.prepare import merge, parse_part, prepare_corpus
+from umbif.corpus.preprocess import Preparation, UnusableExam, is_finer, prepare_exam, quantise
+from umbif.corpus.readers import Volume, read_volume
+from umbif.corpus.shards import BRAIN, TUMOUR, Corpus, ShardWriter, encode
+from umbif.errors import UmbifError, UsageError
+from umbif.stream.exams import read_view
+from umbif.stream.order import View
+
+SHAPE = (22, 26, 24)
+WHOLE = Preparation(spacing_mm=1.0, clip_percentiles=(0.0, 100.0), min_brain_ml=0.1)  # clips nothing
+RAS = np.diag([1.0, 1.0, 1.0, 1.0])
+AXES = ["".join(c) for order in itertools.permutations(("RL", "AP", "SI")) for c in itertools.product(*order)]
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.float32])
+def test_integers_at_the_target_spacing_come_back_bit_for_bit(dtype):
+    head = ellipsoid(dtype)
+    exam = prepare_exam({"t1": volume(head)}, WHOLE)
+    box = box_of(head > 0)
+    assert np.array_equal(intensities(exam.volumes["t1"])[exam.brain > 0], head[box][head[box] > 0])
+    assert np.array_equal(exam.brain, head[box] > 0)
+
+
+@pytest.mark.parametrize("percentiles", [(0.05, 99.95), (5.0, 90.0)])
+def test_clipping_changes_only_what_lies_beyond_the_percentiles(percentiles):
+    head = ellipsoid(np.int16)
+    inside = head[head > 0]
+    low, high = (np.sort(inside)[round(q / 100 * (inside.size - 1))] for q in percentiles)
+    exam = prepare_exam({"t1": volume(head)}, replace(WHOLE, clip_percentiles=percentiles))
+    assert (exam.volumes["t1"].low, exam.volumes["t1"].high) == (low, high)
+    found = intensities(exam.volumes["t1"])[exam.brain > 0]
+    assert np.array_equal(found, np.clip(inside, low, high))
+
+
+@pytest.mark.parametrize("offset", [0.0, -3e4, 1e6])
+@pytest.mark.parametrize("span", [1e-3, 1.0, 1e5])
+def test_floats_are_recovered_within_half_a_quantum(offset, span):
+    values = offset + span * np.random.default_rng(0).random(SHAPE)
+    stored = quantise(values, np.ones(SHAPE), (0.0, 100.0))
+    quantum = (values.max() - values.min()) / 65534
+    assert stored.scale == pytest.approx(quantum, rel=1e-9)
+    assert np.abs(intensities(stored) - values).max() <= quantum / 2 + 4 * np.spacing(abs(offset) + span)
+    assert stored.mean == pytest.approx(values.mean())
+    assert stored.std == pytest.approx(values.std())
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 5.0, -1234.5])
+def test_a_sequence_of_one_value_becomes_zeros_not_noise(value):
+    stored = quantise(np.full(SHAPE, value, np.float32), np.ones(SHAPE), (0.05, 99.95))
+    assert np.allclose(intensities(stored), value)
+    z = (np.float32(intensities(stored)) - np.float32(stored.mean)) / np.float32(stored.std)
+    assert np.abs(z).max() == 0
+
+
+@pytest.mark.parametrize("background", [0, -1000, 7])
+def test_background_becomes_as_dark_as_the_darkest_brain(background):
+    head = ellipsoid(np.int16)
+    shown = np.where(head > 0, head, background).astype(np.int16)
+    exam = prepare_exam({"t1": volume(shown)}, replace(WHOLE, clip_percentiles=(1.0, 99.0)))
+    assert np.array_equal(exam.brain, head[box_of(head > 0)] > 0)
+    assert set(intensities(exam.volumes["t1"])[exam.brain == 0]) == {exam.volumes["t1"].low}
+
+
+def test_every_axis_order_gives_the_same_prepared_exam():
+    head, tumour = ellipsoid(np.int16), ellipsoid(np.uint8, 0.2)
+    expected = prepare_exam({"t1": volume(head), "t2": volume(2 * head)}, WHOLE, tumour=volume(tumour))
+    assert len(AXES) == 48
+    for codes in AXES:
+        images = {"t1": turned(volume(head), codes), "t2": volume(2 * head)}
+        found = prepare_exam(images, WHOLE, tumour=turned(volume(tumour), codes))
+        assert images["t1"].axcodes == codes
+        for name in images:
+            assert np.array_equal(found.volumes[name].stored, expected.volumes[name].stored), codes
+        assert np.array_equal(found.tumour, expected.tumour), codes
+        assert np.array_equal(found.brain, expected.brain), codes
+        assert np.allclose(found.affine, expected.affine), codes
+
+
+@pytest.mark.parametrize("degrees", [0, 25])
+def test_the_box_maps_voxels_to_the_millimetres_they_came_from(degrees):
+    affine = rotation(degrees)
+    affine[:3, 3] = -11, 40, 3.5
+    head = ellipsoid(np.int16)
+    exam = prepare_exam({"t1": volume(head, affine)}, WHOLE)
+    marked = np.unravel_index(head.argmax(), SHAPE)
+    found = np.unravel_index(exam.volumes["t1"].stored.argmax(), exam.brain.shape)
+    assert np.allclose((exam.affine @ [*found, 1])[:3], (affine @ [*marked, 1])[:3])
+
+
+def test_different_grids_end_on_the_finest_one():
+    fine = waves(RAS, SHAPE)
+    coarse_affine = np.diag([2.0, 1.5, 2.0, 1.0])
+    coarse_affine[:3, 3] = 0.5, 0.25, 0.5
+    coarse = waves(coarse_affine, (11, 17, 12))
+    exam = prepare_exam({"t2": volume(coarse, coarse_affine), "t1": volume(fine)}, WHOLE, brain=volume(centre()))
+    assert exam.volumes["t1"].stored.shape == exam.volumes["t2"].stored.shape == exam.brain.shape
+    t1, t2 = (intensities(exam.volumes[name]) for name in ("t1", "t2"))
+    assert np.allclose(t1, fine[box_of(centre())], atol=0.01)  # not resampled: half a quantum is 0.005
+    assert np.corrcoef(t1.ravel(), t2.ravel())[0, 1] > 0.99  # a shift of one voxel gives 0.9
+
+
+@pytest.mark.parametrize("spacing_mm", [2.0, 3.0])
+def test_other_spacings_are_resampled_to_the_recipe(spacing_mm):
+    head = ellipsoid(np.int16)
+    exam = prepare_exam({"t1": volume(head)}, replace(WHOLE, spacing_mm=spacing_mm))
+    assert np.allclose(np.linalg.norm(exam.affine[:3, :3], axis=0), spacing_mm)
+    millilitres = exam.brain.sum() * spacing_mm**3
+    assert millilitres == pytest.approx((head > 0).sum(), rel=0.1)
+
+
+def test_a_given_brain_mask_wins():
+    head, mask = ellipsoid(np.int16), np.zeros(SHAPE, np.uint8)
+    mask[8:14, 9:17, 7:15] = 1
+    exam = prepare_exam({"t1": volume(head)}, WHOLE, brain=volume(mask))
+    assert exam.brain.shape == (6, 8, 8)
+    assert exam.brain.all()
+    assert np.allclose(exam.affine[:3, 3], (8, 9, 7))
+
+
+def test_specks_do_not_blow_up_the_box():
+    head = ellipsoid(np.int16)
+    speckled = head.copy()
+    speckled[0, 0, 0] = speckled[-1, 3, -1] = 500
+    assert prepare_exam({"t1": volume(speckled)}, WHOLE).brain.shape == head[box_of(head > 0)].shape
+
+
+@pytest.mark.parametrize(
+    ("mask", "how", "reason"),
+    [
+        (np.zeros(SHAPE, np.uint8), WHOLE, "no_brain"),
+        (None, replace(WHOLE, min_brain_ml=100.0), "little_brain"),
+    ],
+)
+def test_an_exam_without_a_brain_is_refused(mask, how, reason):
+    with pytest.raises(UnusableExam) as caught:
+        prepare_exam({"t1": volume(ellipsoid(np.int16))}, how, brain=None if mask is None else volume(mask))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(("allow", "masked", "passes"), [(0, 0, False), (1, 0, True), (0, 1, True)])
+def test_heads_with_faces_are_refused_unless_allowed_or_masked(tmp_path, allow, masked, passes):
+    rows = head_with_face(tmp_path / "FACES", masked)
+    frames, bad = prepare._prepare_one(rows, replace(WHOLE, allow_faces=bool(allow)))
+    assert bool(frames) == passes
+    assert [row["reason"] for row in bad] == ([] if passes else ["not_skull_stripped"])
+
+
+def test_a_brain_mask_that_cannot_be_read_lets_no_face_through(tmp_path):
+    rows = head_with_face(tmp_path / "FACES", masked=True)
+    mask = next(Path(row["path"]) for row in rows if row["role"] == "brain_mask")
+    mask.write_bytes(mask.read_bytes()[:-40])  # whole when it was indexed
+    frames, _ = prepare._prepare_one(rows, WHOLE)
+    assert frames == []
+
+
+def test_the_finer_of_two_volumes_of_one_sequence_is_kept_and_the_other_recorded(tmp_path):
+    folder = tmp_path / "TWINS"
+    folder.mkdir()
+    head = ellipsoid(np.int16)
+    save(folder / "P1_acq-a_t1.nii.gz", head[::2], np.diag([2.0, 1, 1, 1]))
+    save(folder / "P1_acq-b_t1.nii.gz", head)
+    save(folder / "P1_acq-c_t1.nii.gz", head[:, ::2], np.diag([1.0, 2, 1, 1]))
+    manifest = build_manifest([folder], num_workers=0).assign(exam="TWINS/P1")
+    frames, bad = prepare._prepare_one(manifest.to_dict("records"), WHOLE)
+    assert [Path(row["path"]).name for row, _ in frames if row["name"] == "t1"] == ["P1_acq-b_t1.nii.gz"]
+    assert {(Path(row["path"]).name, row["reason"]) for row in bad} == {
+        ("P1_acq-a_t1.nii.gz", "coarser_twin"),
+        ("P1_acq-c_t1.nii.gz", "coarser_twin"),
+    }
+
+
+def test_equal_voxels_are_not_finer():
+    assert not is_finer(volume(ellipsoid(np.int16)), volume(ellipsoid(np.int16)))
+
+
+def test_the_corpus_holds_what_the_files_hold(corpus, manifest):
+    assert set(corpus.exams["exam"]) == set(manifest["exam"])
+    for exam, name in enumerate(corpus.exams["exam"]):
+        files = manifest[(manifest["exam"] == name) & (manifest["role"] == "image")]
+        assert set(corpus.sequences(exam)) == set(files["sequence"])
+        for sequence, path in zip(files["sequence"], files["path"], strict=True):
+            frames = corpus.frames(exam)
+            frame, brain = frames[sequence], whole(corpus, frames[BRAIN]) > 0
+            found = whole(corpus, frame)[brain] * frame.scale + frame.intercept
+            expected = np.clip(original(path, corpus.affine(exam), brain), frame.low, frame.high)
+            assert np.abs(found - expected).max() <= (0 if sequence != "flair" else 0.51 * frame.scale)
+            assert np.mean(found != frame.low) > 0.99
+
+
+def test_labels_and_splits_travel_into_the_corpus(corpus, manifest):
+    per_exam = manifest.drop_duplicates("exam").set_index("exam")
+    for column in ("person", "split", "site"):
+        assert list(corpus.exams[column]) == list(per_exam.loc[corpus.exams["exam"], column])
+
+
+@pytest.mark.parametrize("num_whole", [0, 1, 3])
+def test_a_preparation_that_was_cut_off_goes_on_to_the_same_corpus(
+    corpus, manifest, preparation, tmp_path, monkeypatch, num_whole
+):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 1)  # one exam a shard
+    with monkeypatch.context() as cut:
+        cut.setattr(prepare, "ShardWriter", writer_that_stops_at(num_whole))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    assert len(list((tmp_path / "shards").glob(".*.writing"))) == 1
+    assert len(list((tmp_path / "shards").glob("*.parquet"))) == num_whole
+    with pytest.raises(UmbifError, match=f"{8 - num_whole} of 8 exams"):
+        merge(manifest, tmp_path)
+    assert not (tmp_path / "index.parquet").exists()
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    merge(manifest, tmp_path)
+    assert not list((tmp_path / "shards").glob(".*.writing"))
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+def test_parts_make_the_same_corpus_as_the_whole(corpus, manifest, preparation, tmp_path):
+    prepare_corpus(manifest, tmp_path, preparation, part=(3, 3), num_workers=0)
+    prepare_corpus(manifest, tmp_path, preparation, part=(1, 3), num_workers=0)
+    with pytest.raises(UmbifError, match="3 of 8 exams"):
+        merge(manifest, tmp_path)
+    prepare_corpus(manifest, tmp_path, preparation, part=(2, 3), num_workers=0)
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+def test_a_part_leaves_alone_what_another_part_is_writing(manifest, preparation, tmp_path):
+    (tmp_path / "shards").mkdir()
+    other = ShardWriter(tmp_path / "shards" / "00002-of-00002_00000.shard")
+    prepare_corpus(manifest, tmp_path, preparation, part=(1, 2), num_workers=0)
+    other.append(b"frame")
+    other.close()
+
+
+def test_preparing_again_changes_nothing(manifest, preparation, tmp_path):
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    merge(manifest, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
+
+
+def test_two_processes_make_the_same_corpus(corpus, manifest, preparation, tmp_path):
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=2)
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+def test_a_folder_of_another_recipe_or_manifest_is_refused(corpus, manifest, preparation):
+    before = (corpus.folder / "corpus.json").read_text()
+    with pytest.raises(UsageError, match="another manifest or recipe"):
+        prepare_corpus(manifest, corpus.folder, replace(preparation, spacing_mm=1.0), num_workers=0)
+    other = manifest.assign(voxel_sha256=["0" * 64, *manifest["voxel_sha256"][1:]])
+    with pytest.raises(UsageError, match="another manifest or recipe"):
+        prepare_corpus(other, corpus.folder, preparation, num_workers=0)
+    assert (corpus.folder / "corpus.json").read_text() == before
+
+
+def test_exams_that_cannot_be_used_are_named_with_a_reason(manifest, preparation, tmp_path):
+    how = replace(preparation, min_brain_ml=1000.0)
+    prepare_corpus(manifest, tmp_path, how, num_workers=0)
+    with pytest.raises(UmbifError, match="8 × little_brain"):
+        merge(manifest, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["t1", BRAIN])
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_one_flipped_bit_is_caught(tmp_path, name, where):
+    folder = small_corpus(tmp_path)
+    corpus = Corpus(folder)
+    frame = corpus.frames(0)[name]
+    row = corpus.index.iloc[frame.row]
+    flip_bit(folder / "shards" / row["shard"], row["byte_offset"] + round(where * (row["byte_length"] - 1)))
+    with pytest.raises(UmbifError, match=rf"Row {frame.row} .* damaged"):
+        corpus.read(frame, (0, 0, 0), (4, 4, 4))
+
+
+def test_frames_stand_aligned(corpus):
+    assert (corpus.index["byte_offset"] % 4096 == 0).all()
+
+
+@pytest.mark.parametrize("start", [(0, 0, 0), (3, 5, 2), (-4, -2, -3), (9, 12, 10), (-6, 4, -6)])
+@pytest.mark.parametrize("size", [(8, 8, 8), (40, 10, 40)])
+def test_a_crop_is_the_volume_there_and_the_darkest_value_beyond(corpus, start, size):
+    exam = list(corpus.exams["exam"]).index("TINY/P6")
+    frames = corpus.frames(exam)
+    sample = read_view(corpus, exam, View(start, ("t1", "flair")), size, width=3)
+    for entry, name in enumerate(("t1", "flair")):
+        frame = frames[name]
+        padded = np.pad(whole(corpus, frame), 64, constant_values=frame.darkest)
+        at = tuple(slice(64 + s, 64 + s + n) for s, n in zip(start, size, strict=True))
+        assert np.array_equal(sample["image"][entry], padded[at])
+        assert frame.darkest * frame.scale + frame.intercept == pytest.approx(frame.low, abs=frame.scale / 2)
+    assert list(sample["present"]) == [True, True, False]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 130, 33), (97, 31, 2)])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8])
+def test_frames_of_any_shape_come_back(shape, dtype):
+    import blosc2
+
+    array = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+    assert np.array_equal(blosc2.ndarray_from_cframe(encode(array))[...], array)
+
+
+@pytest.mark.parametrize("left", ["nothing", "no index"])
+def test_a_folder_that_is_no_finished_corpus_is_refused(tmp_path, left):
+    folder = small_corpus(tmp_path)
+    os.remove(folder / ("index.parquet" if left == "no index" else "corpus.json"))
+    with pytest.raises(UsageError, match="not finished" if left == "no index" else "no prepared corpus"):
+        Corpus(folder)
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3", ""])
+def test_a_part_that_cannot_be_is_refused(text):
+    with pytest.raises(UsageError, match="I/N"):
+        parse_part(text)
+
+
+def ellipsoid(dtype, radius=0.4) -> np.ndarray:
+    """Integers from 20 to 220 in an ellipsoid off the middle, each side different; 0 around it."""
+    x, y, z = np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij")
+    inside = sum(((axis - 0.45 * n) / (radius * n)) ** 2 for axis, n in zip((x, y, z), SHAPE, strict=True)) < 1
+    values = np.random.default_rng(1).integers(20, 220, SHAPE)
+    values[7, 9, 13] = 250  # the one brightest voxel
+    return (inside * values).astype(dtype)
+
+
+def waves(affine, shape) -> np.ndarray:
+    """A smooth function of millimetres, sampled on a grid."""
+    index = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"))
+    x, y, z = np.einsum("ij,jxyz->ixyz", affine[:3, :3], index) + affine[:3, 3][:, None, None, None]
+    return (500 + 100 * np.sin(x / 3) + 100 * np.cos(y / 4) + 100 * np.sin((y + z) / 5)).astype(np.float32)
+
+
+def centre() -> np.ndarray:
+    mask = np.zeros(SHAPE, np.uint8)
+    mask[4:-4, 4:-4, 4:-4] = 1
+    return mask
+
+
+def volume(data, affine=RAS) -> Volume:
+    spacing = tuple(float(n) for n in np.linalg.norm(affine[:3, :3], axis=0))
+    return Volume(data, np.asarray(affine), 1.0, 0.0, spacing, "".join(nib.aff2axcodes(affine)), ())
+
+
+def turned(given: Volume, axcodes: str) -> Volume:
+    """The same head, stored in another axis order."""
+    image = nib.Nifti1Image(given.data, given.affine)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(given.affine), nib.orientations.axcodes2ornt(axcodes))
+    image = image.as_reoriented(turn)
+    return volume(np.asanyarray(image.dataobj), image.affine)
+
+
+def rotation(degrees: float) -> np.ndarray:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+
+
+def box_of(mask) -> tuple[slice, ...]:
+    return tuple(slice(int(i.min()), int(i.max()) + 1) for i in np.nonzero(mask))
+
+
+def intensities(stored) -> np.ndarray:
+    return stored.stored * stored.scale + stored.intercept
+
+
+def save(path: Path, data, affine=RAS) -> None:
+    nib.save(nib.Nifti1Image(data, affine), path)
+
+
+def head_with_face(folder: Path, masked: bool) -> list[dict]:
+    """Manifest rows of an exam without skull stripping: noise everywhere."""
+    folder.mkdir()
+    save(folder / "P1_t1.nii.gz", ellipsoid(np.int16) + np.random.default_rng(2).integers(0, 9, SHAPE).astype(np.int16))
+    if masked:
+        save(folder / "P1_brainmask.nii.gz", (ellipsoid(np.int16) > 0).astype(np.uint8))
+    return build_manifest([folder], num_workers=0).to_dict("records")
+
+
+def small_corpus(folder: Path) -> Path:
+    source, out = folder / "ONE", folder / "corpus"
+    source.mkdir()
+    save(source / "P1_t1.nii.gz", ellipsoid(np.int16))
+    manifest = build_manifest([source], num_workers=0)
+    prepare_corpus(manifest, out, WHOLE, num_workers=0)
+    merge(manifest, out)
+    return out
+
+
+def original(path: str, affine, brain) -> np.ndarray:
+    """The brain's values in the file, found by millimetres."""
+    given = read_volume(path)
+    voxels = np.argwhere(brain)
+    mm = voxels @ affine[:3, :3].T + affine[:3, 3]
+    inverse = np.linalg.inv(given.affine)
+    at = np.rint(mm @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)
+    return given.values()[tuple(at.T)]
+
+
+def writer_that_stops_at(exam: int) -> type[ShardWriter]:
+    """A run that is cut off in the middle of its exam-th shard."""
+
+    class Stopped(ShardWriter):
+        number = itertools.count()
+
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.last = next(self.number) == exam
+
+        def append(self, frame: bytes) -> dict:
+            if self.last:
+                self.file.write(frame[: len(frame) // 2])
+                self.file.flush()
+                raise KeyboardInterrupt
+            return super().append(frame)
+
+    return Stopped
+
+
+def whole(corpus: Corpus, frame) -> np.ndarray:
+    return corpus.read(frame, (0, 0, 0), frame.shape)
+
+
+def contents(corpus: Corpus) -> tuple[str, dict]:
+    """All of a corpus, but where in which shard it stands."""
+    frames = {
+        (exam, name): whole(corpus, frame).tobytes()
+        for exam in range(len(corpus))
+        for name, frame in corpus.frames(exam).items()
+    }
+    assert {name for _, name in frames} >= {BRAIN, TUMOUR, "t1"}
+    return corpus.index.drop(columns=["shard", "byte_offset"]).to_json(), frames
+
+
+def flip_bit(path: Path, byte: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(byte)] ^= 1
+    path.write_bytes(content)

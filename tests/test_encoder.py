@@ -1,0 +1,211 @@
+"""The encoder sees the patches of an exam and nothing else: not padding, not their order, not the rest of the batch."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from umbif.encoders.optimise import WarmupCosine, adamw
+from umbif.encoders.vit import MillimetrePosition, ViT3D, masked_mean
+from umbif.encoders.weights import CONFIG, WEIGHTS, load_encoder_weights, save_encoder
+from umbif.errors import UsageError
+from umbif.stream.exams import Exams, WholeBrainDataset, collate
+from umbif.stream.patches import Patches, choose, gather, patch_grid
+
+SMALL = {"patch_size": 8, "patch_mm": 16.0, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_registers": 2}
+
+
+def test_invalid_tokens_change_nothing(encoder, patches):
+    tokens, pooled = encoder(patches)
+    more = {name: torch.cat([t, 1000 * torch.ones_like(t[:, :5])], 1) for name, t in numbers(patches).items()}
+    nothing = torch.zeros(len(pooled), 5, dtype=torch.bool)
+    ids = {name: torch.cat([t, t[:, :5]], 1) for name, t in (("sequence", patches.sequence), ("entry", patches.entry))}
+    padded = Patches(**more, **ids, valid=torch.cat([patches.valid, nothing], 1))
+    tokens_padded, pooled_padded = encoder(padded)
+    assert torch.allclose(tokens_padded[:, :-5][patches.valid], tokens[patches.valid], atol=1e-5)
+    assert torch.allclose(pooled_padded, pooled, atol=1e-5)
+
+
+def test_the_order_of_tokens_does_not_matter(encoder, patches):
+    tokens, pooled = encoder(patches)
+    order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))
+    shuffled = Patches(**{name: getattr(patches, name)[:, order] for name in vars(patches)})
+    tokens_shuffled, pooled_shuffled = encoder(shuffled)
+    assert torch.allclose(tokens_shuffled[shuffled.valid], tokens[:, order][shuffled.valid], atol=1e-5)
+    assert torch.allclose(pooled_shuffled, pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["voxels", "position_mm", "sequence"])
+def test_what_a_token_shows_where_and_in_which_sequence_does_matter(encoder, patches, change):
+    _, pooled = encoder(patches)
+    other = (patches.sequence + 1) % 8 if change == "sequence" else getattr(patches, change) + 5.0
+    assert (encoder(replace(patches, **{change: other}))[1] - pooled).abs().max() > 1e-3
+
+
+def test_the_pooled_output_is_the_mean_of_the_valid_tokens(encoder, patches):
+    tokens, pooled = encoder(patches)
+    for row in range(len(pooled)):
+        assert torch.allclose(pooled[row], tokens[row, patches.valid[row]].mean(0), atol=1e-6)
+    assert torch.equal(masked_mean(tokens, torch.zeros_like(patches.valid)), torch.zeros_like(pooled))
+
+
+@pytest.mark.parametrize("exam", ["TINY/P2", "TINY/P4", "TINY/P5"])
+def test_other_exams_of_the_batch_and_their_boxes_change_nothing(corpus, encoder, exam):
+    """P2 and P4 have one sequence, P1/1 and P6 four; their boxes differ."""
+    tokens, valid, alone = encoder.forward_features(whole_brain(corpus, exam))
+    _, _, joined = encoder.forward_features(whole_brain(corpus, exam, "TINY/P1/1", "TINY/P6", "TINY/P3/2"))
+    assert torch.allclose(joined[0], alone[0], atol=1e-5)
+    assert valid.all()
+    assert tokens.isfinite().all()
+
+
+def test_the_encoder_sees_every_patch_with_brain_of_every_sequence(corpus, encoder):
+    exams = whole_brain(corpus, "TINY/P6")
+    tokens, valid, _ = encoder.forward_features(exams)
+    padded = exams.padded(8)
+    per_sequence = int((torch.nn.functional.avg_pool3d(padded.brain.float(), 8) >= 0.1).sum())
+    assert tokens.shape[1] == int(valid.sum()) == 4 * per_sequence < encoder.num_patches(exams)
+    assert encoder.num_patches(exams) == padded.image[0].numel() // 8**3
+
+
+def test_a_budget_takes_the_patches_with_the_smallest_scores(corpus, encoder):
+    exams = whole_brain(corpus, "TINY/P6", "TINY/P2")
+    scores = torch.rand(2, encoder.num_patches(exams), generator=torch.Generator().manual_seed(0))
+    few, valid, pooled = encoder.forward_features(exams, scores=scores, budget=5)
+    assert few.shape[:2] == valid.shape == (2, 5)
+    padded = exams.padded(8)
+    grid = patch_grid(padded, 8)
+    best = torch.where(grid.available, scores, 9.0).topk(5, largest=False).indices
+    assert torch.allclose(encoder(gather(padded, grid, best, valid))[1], pooled, atol=1e-5)
+
+
+def test_positions_tell_neighbouring_patches_apart_and_do_not_repeat():
+    position = MillimetrePosition(48, 16.0)
+    line = torch.zeros(1, 12, 3)
+    line[0, :, 0] = 16.0 * torch.arange(-6, 6)
+    encoded = position(line)[0]
+    assert encoded.shape == (12, 48)
+    apart = torch.cdist(encoded, encoded) + 9 * torch.eye(12)
+    assert apart.min() > 0.5
+
+
+def test_every_width_that_the_heads_divide_works(corpus):
+    exams = whole_brain(corpus, "TINY/P5")
+    for width in (8, 20, 64):
+        assert ViT3D(**{**SMALL, "embed_dim": width}).forward_features(exams)[2].shape == (1, width)
+
+
+def test_an_encoder_comes_back_from_its_folder(encoder, patches, tmp_path):
+    save_encoder(encoder, tmp_path / "run" / "encoder", {"steps": 7, "preparation": {"spacing_mm": 2.0}})
+    config = json.loads((tmp_path / "run" / "encoder" / CONFIG).read_text())
+    assert config["class_path"] == "umbif.encoders.vit.ViT3D"
+    assert config["steps"] == 7
+    for path in (tmp_path / "run", tmp_path / "run" / "encoder"):
+        again = ViT3D(**config["init_args"], weights=str(path))
+        assert torch.equal(again(patches)[1], encoder(patches)[1])
+
+
+def test_weights_of_another_shape_are_refused_and_every_difference_named(encoder, tmp_path):
+    save_encoder(encoder, tmp_path, {})
+    other = ViT3D(**{**SMALL, "embed_dim": 96, "depth": 3})
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(UsageError) as caught:
+        load_encoder_weights(other, tmp_path)
+    assert len(caught.value.problems) == 2
+    assert "model.encoder.embed_dim=96, but the weights have 48" in str(caught.value)
+    assert "model.encoder.depth=3, but the weights have 2" in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, CONFIG, "both"])
+def test_a_folder_without_an_encoder_is_refused(encoder, tmp_path, missing):
+    save_encoder(encoder, tmp_path, {})
+    for name in (WEIGHTS, CONFIG) if missing == "both" else (missing,):
+        (tmp_path / name).unlink()
+    torch.save(encoder.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="names no encoder"):
+        ViT3D(**SMALL, weights=str(tmp_path))
+
+
+@pytest.mark.parametrize("write", ["pickle", "torch"])
+def test_weights_that_are_not_safetensors_are_never_run(encoder, tmp_path, write):
+    save_encoder(encoder, tmp_path / "encoder", {})
+    payload = Payload(tmp_path / "ran")
+    if write == "pickle":
+        (tmp_path / "encoder" / WEIGHTS).write_bytes(pickle.dumps(payload))
+    else:
+        torch.save({"embed.weight": payload}, tmp_path / "encoder" / WEIGHTS)
+    with pytest.raises((SafetensorError, UsageError)):
+        ViT3D(**SMALL, weights=str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_layer_groups_hold_every_parameter_once(encoder):
+    groups = encoder.layer_groups()
+    assert len(groups) == SMALL["depth"] + 2
+    for name, _ in encoder.named_parameters():
+        assert sum(name.startswith(prefix) for group in groups for prefix in group) == 1, name
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(encoder):
+    options = {"lr": 0.1, "weight_decay": 0.05, "betas": (0.9, 0.95), "warmup_steps": 0, "max_steps": 10}
+    made = adamw([*encoder.named_parameters()], without=encoder.no_weight_decay(), **options)
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    decay = {names[id(p)]: g["weight_decay"] for g in made["optimizer"].param_groups for p in g["params"]}
+    matrices = {n for n in decay if n.endswith("weight") and "norm" not in n and n != "sequence.weight"}
+    assert decay == {name: 0.05 if name in matrices else 0.0 for name in names.values()}
+
+
+def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
+    factor = [WarmupCosine(4, 24)(step) for step in range(30)]
+    assert factor[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor[14] == pytest.approx(0.5)
+    assert factor[24:] == pytest.approx([0.0] * 6)
+    assert np.diff(factor[4:25]).max() < 0
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ViT3D:
+    torch.manual_seed(0)
+    return ViT3D(**SMALL).eval()
+
+
+@pytest.fixture(scope="module")
+def patches(corpus) -> Patches:
+    """Of three exams with one, two and four sequences."""
+    exams = whole_brain(corpus, "TINY/P2", "TINY/P1/2", "TINY/P6").padded(8)
+    grid = patch_grid(exams, 8)
+    found = gather(exams, grid, *choose(grid))
+    assert len(set(found.valid.sum(1).tolist())) == 3
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+class Payload:
+    """What unpickles by writing a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def numbers(patches: Patches) -> dict[str, torch.Tensor]:
+    return {"voxels": patches.voxels, "position_mm": patches.position_mm}
+
+
+def whole_brain(corpus, *names: str) -> Exams:
+    rows = np.array([list(corpus.exams["exam"]).index(name) for name in names])
+    dataset = WholeBrainDataset(corpus, rows, np.zeros(len(rows), np.float32))
+    return collate([dataset[i] for i in range(len(rows))], spacing_mm=corpus.spacing_mm, seed=0)
