@@ -139,7 +139,8 @@ def prepare(
         following(f"umbif prepare {manifest} -o {output} --merge")
         return
     print(engine.merge(table, output))
-    following(f"umbif fit pretrain/umbif_tiny data.corpus={output}")
+    fitting = "umbif_tiny" if how.spacing_mm == 2 else "umbif_vitb"
+    following(f"umbif fit pretrain/{fitting} data.corpus={output}")
 
 
 @app.command(
@@ -154,11 +155,14 @@ def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
     from umbif.fit import fit as run
     from umbif.recipe import compose
 
-    folder = run(compose(recipe, overrides or []))
+    composed = compose(recipe, overrides or [])
+    folder = run(composed)
     if (folder / "predictions.parquet").exists():
         following(f"umbif report {folder}")
     else:
-        following(f"umbif fit finetune/idh model.encoder.weights={folder}")
+        group = "demo" if "tiny" in recipe else "finetune"
+        corpus = composed.tree["data"]["corpus"]
+        following(f"umbif fit {group}/idh data.corpus={corpus} model.encoder.weights={folder}")
 
 
 @app.command(epilog=example("umbif report runs/idh runs/mgmt -o report.html"))
@@ -206,7 +210,7 @@ def env() -> None:
     """Versions and hardware, to paste into a bug report."""
     import json
 
-    from umbif.run import environment
+    from umbif.machine import environment
 
     print(json.dumps(environment(), indent=2))
 

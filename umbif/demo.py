@@ -17,7 +17,7 @@ from umbif.progress import console
 from umbif.recipe import compose
 from umbif.recipe_check import construct
 
-NUM_EXAMS = 240
+NUM_EXAMS = 200
 TEST_FRACTION = 0.4  # of the people: with fewer the intervals would say nothing
 SPACING_MM = 2.0
 TASKS = ("idh", "codeletion", "mgmt", "progression")

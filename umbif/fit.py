@@ -10,12 +10,12 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from umbif.encoders.weights import CONFIG
-from umbif.errors import UsageError
+from umbif.errors import Problem, UsageError
 from umbif.progress import console
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
-from umbif.recipe_check import build, check
-from umbif.run import is_leader, open_run
+from umbif.recipe_check import Built, build, check
+from umbif.run import is_leader, open_run, write_provenance
 from umbif.scale.callbacks import Throughput, TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
@@ -58,6 +58,9 @@ def _train(recipe: Recipe, folder: Path) -> None:
     resume = newest_complete(folder / "checkpoints")
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
+    check_scale(built)
+    if is_leader():
+        write_provenance(folder, recipe)
     trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
     if resume is not None:
         console.print(f"Going on from step {step_of(resume)} of {folder}")
@@ -65,6 +68,25 @@ def _train(recipe: Recipe, folder: Path) -> None:
     trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
     built.model.export(folder, recipe.tree)
     log.info("finished at step %s", trainer.global_step)
+
+
+def check_scale(built: Built) -> None:
+    """Refuses an encoder for another voxel size: its positions would be wrong without a word.
+
+    Raises:
+        UsageError: The patches of the encoder and the voxels of the corpus do not fit.
+    """
+    encoder, spacing_mm = built.model.encoder.config, built.data.corpus.spacing_mm
+    patch_mm = encoder["patch_size"] * spacing_mm
+    if abs(patch_mm - encoder["patch_mm"]) > 1e-3:
+        raise UsageError(
+            Problem(
+                f"the encoder is made for patches of {encoder['patch_mm']:g} mm",
+                f"{encoder['patch_size']} voxels of {spacing_mm:g} mm, which are {patch_mm:g} mm",
+                f"Take a recipe for {spacing_mm:g} mm (umbif ls), or prepare the corpus at "
+                f"{encoder['patch_mm'] / encoder['patch_size']:g} mm",
+            )
+        )
 
 
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:

@@ -7,25 +7,22 @@ checkpoints/step=000100/, encoder/, figures/, log.txt, predictions.parquet and r
 import json
 import logging
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from umbif import __version__
 from umbif.errors import Problem, UmbifError, UsageError
+from umbif.machine import environment
 from umbif.recipe import Recipe, read_tree
 
 # What may differ when a run goes on: nothing of it enters the numbers.
 MAY_CHANGE = ("about", "run.dir", "callbacks", "data.num_workers", "trainer.max_steps", "model.max_steps")
 TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
-LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse")
 ABSENT = "absent"
 
 
@@ -43,7 +40,6 @@ def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
         _check_same(folder, recipe)
-        _write_provenance(folder, recipe)
         with _log_file(folder / "log.txt"):
             yield folder
 
@@ -100,30 +96,14 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _write_provenance(folder: Path, recipe: Recipe) -> None:
+def write_provenance(folder: Path, recipe: Recipe) -> None:
+    """Writes what explains a run. Called once all is built: a recipe that cannot start must not claim the folder."""
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     origins = "".join(f"{key}: {json.dumps(origin)}\n" for key, origin in recipe.origins.items())
     (folder / "origin.yaml").write_text(origins)
     with (folder / "command.txt").open("a") as file:
         file.write(shlex.join(["umbif", *sys.argv[1:]]) + "\n")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware; no names of people or machines."""
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "umbif": __version__,
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "cores": len(os.sched_getaffinity(0)),
-        "libraries": versions,
-    }
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from umbif.corpus.checks import duplicates, inspect, quarantined
 from umbif.corpus.datasets import Found, find_volumes
 from umbif.corpus.manifest import COLUMNS, assign_persons, assign_splits, join_labels, label_columns
 from umbif.errors import Problem, UsageError
+from umbif.machine import num_cores
 from umbif.progress import track
 
 Row = dict[str, Any]
@@ -49,7 +50,7 @@ def build_manifest(
         cure = "DICOM and other formats are converted first, for example with dcm2niix."
         raise UsageError(Problem("No .nii or .nii.gz file was found", ", ".join(map(str, sources)), cure))
     if num_workers is None:
-        num_workers = min(_num_cores(), MAX_WORKERS, len(found))
+        num_workers = min(num_cores(), MAX_WORKERS, len(found))
     rows = sorted(track(_inspect_all(found, num_workers), "Reading volumes", len(found)), key=lambda row: row["path"])
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     if labels is not None:
@@ -135,11 +136,6 @@ def _alone(item: Found, inspect_one: Callable[[Found], Row]) -> Row:
             return pool.submit(inspect_one, item).result()
         except BrokenProcessPool:
             return quarantined(item, "reader_crashed", CRASHED)
-
-
-def _num_cores() -> int:
-    """Cores that this process may use, which on a cluster is fewer than the node has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pool(num_workers: int) -> ProcessPoolExecutor:

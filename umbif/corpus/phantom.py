@@ -9,7 +9,6 @@ import functools
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import signal
 import warnings
@@ -26,6 +25,7 @@ from scipy import ndimage
 from umbif.corpus import phantom_lesions as lesions
 from umbif.corpus.phantom_lesions import NEGATIVE, POSITIVE, STRENGTHS, Floats, Lesion, LesionMaps, smooth_noise
 from umbif.errors import Problem, UsageError
+from umbif.machine import num_cores
 from umbif.progress import track
 
 __all__ = ["STRENGTHS", "PhantomExam", "PhantomRecord", "make_exam", "write_phantom"]
@@ -312,8 +312,7 @@ def _claim(out: Path, settings: dict[str, object]) -> None:
 
 
 def _run(work: Callable[[int], None], todo: list[int], num_workers: int | None) -> Iterator[None]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(num_workers or cores, len(todo))
+    workers = min(num_workers or num_cores(), len(todo))
     if workers <= 1:
         yield from map(work, todo)
         return

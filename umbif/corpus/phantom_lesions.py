@@ -100,8 +100,8 @@ def draw_traits(rng: np.random.Generator, hidden: dict[str, bool]) -> dict[str, 
 def lesion_from_traits(traits: dict[str, float], growth: float = 1.0) -> Lesion:
     """Maps traits to millimetres and shares; `growth` multiplies the radius (a follow-up)."""
     return Lesion(
-        radius_mm=growth * _between(9, 22, 0.9 * traits["size"] - 0.8),
-        rim_mm=_between(2.0, 8.0, 1.1 * traits["rim"] - 1.5),
+        radius_mm=growth * _between(13, 30, 0.9 * traits["size"] - 0.8),
+        rim_mm=_between(3.0, 11.0, 1.1 * traits["rim"] - 1.5),
         necrosis=_between(0.0, 0.85, 1.1 * traits["necrosis"] + 0.6),
         enhancement=_between(0.0, 1.0, 1.2 * traits["enhancement"] + 0.8),
         irregularity=_between(0.05, 0.30, traits["irregularity"] - 0.5),

@@ -19,6 +19,7 @@ from umbif.corpus.preprocess import Preparation, PreparedExam, UnusableExam, is_
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import BRAIN, NUMBERS, TUMOUR, ShardWriter, encode
 from umbif.errors import Problem, UmbifError, UsageError
+from umbif.machine import num_cores
 from umbif.progress import track
 
 SHARD_BYTES = 2**30
@@ -48,9 +49,11 @@ def prepare_corpus(
     """
     _claim(out, manifest, how)
     exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
+    stem = f"{part[0]:05d}-of-{part[1]:05d}"
+    for leftover in (out / "shards").glob(f".{stem}_*.writing"):
+        leftover.unlink()  # what this part was writing when it was cut off; other parts may be writing now
     done = _exams_done(out)
     todo = [exam for exam in exams if exam[0] not in done]
-    stem = f"{part[0]:05d}-of-{part[1]:05d}"
     results = _in_processes([(rows, how) for _, rows in todo], num_workers)
     _write_shards(track(results, "Preparing exams", len(todo)), out / "shards", stem)
 
@@ -127,8 +130,6 @@ def _records(rows: pd.DataFrame) -> list[Row]:
 
 
 def _exams_done(out: Path) -> set[str]:
-    for leftover in (out / "shards").glob(".*.writing"):
-        leftover.unlink()  # a shard that was being written when the run was cut off
     return {e for path in (out / "shards").glob("*.parquet") for e in pd.read_parquet(path, columns=["exam"])["exam"]}
 
 
@@ -137,7 +138,7 @@ def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | 
     if num_workers == 0 or len(jobs) <= 1:
         yield from (_prepare_one(*job) for job in jobs)
         return
-    num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(jobs))
+    num_workers = min(num_workers or num_cores(), len(jobs))
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_calm_worker) as pool:
         waiting: deque[Future[tuple[Any, ...]]] = deque()
         for job in jobs:
@@ -169,16 +170,15 @@ def _prepare_one(rows: list[Row], how: Preparation) -> tuple[list[tuple[Row, byt
     images: dict[str, tuple[Row, Volume]] = {}
     masks: dict[str, Volume] = {}
     bad: list[Row] = []
-    has_brain_mask = any(row["role"] == "brain_mask" for row in rows)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["role"] == "image"):  # masks first: they decide which images may pass
         try:
             volume = read_volume(Path(row["path"]), mask=row["role"] != "image")
-            _check_face(volume, row, how, has_brain_mask)
+            if row["role"] != "image":
+                masks[row["role"]] = volume
+                continue
+            _check_face(volume, how, "brain_mask" in masks)
         except (BadVolume, UnusableExam) as error:
             bad.append(_quarantined(row, error.reason, error.detail))
-            continue
-        if row["role"] != "image":
-            masks[row["role"]] = volume
             continue
         twin = images.get(row["sequence"])
         finer = twin is None or is_finer(volume, twin[1])
@@ -201,10 +201,8 @@ def _prepare_one(rows: list[Row], how: Preparation) -> tuple[list[tuple[Row, byt
     return _frames(exam, {name: row for name, (row, _) in images.items()}, how), bad
 
 
-def _check_face(volume: Volume, row: Row, how: Preparation, has_brain_mask: bool) -> None:
-    if row["role"] != "image" or how.allow_faces or has_brain_mask:
-        return
-    if "not_skull_stripped" in volume.flags:
+def _check_face(volume: Volume, how: Preparation, has_brain_mask: bool) -> None:
+    if "not_skull_stripped" in volume.flags and not (how.allow_faces or has_brain_mask):
         raise UnusableExam(
             "not_skull_stripped",
             "The background is not constant: a head with its face. Strip it first (HD-BET, SynthStrip), put a brain "

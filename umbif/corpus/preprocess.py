@@ -111,20 +111,22 @@ def quantise(values: Array, brain: Array, clip_percentiles: tuple[float, float])
 
     Args:
         values: Intensities, (X, Y, Z).
-        brain: Brain mask, (X, Y, Z); outside of it the lower clip is stored.
+        brain: Brain mask, (X, Y, Z); outside of it the brain's mean is stored, a z-score of zero.
         clip_percentiles: Lower and upper percentile, in 0 to 100.
     """
     inside = values[brain > 0]
     low, high = (float(v) for v in np.percentile(inside, clip_percentiles, method="nearest"))
-    clipped = np.where(brain > 0, np.clip(values, low, high), low).astype(np.float64)
+    clipped = np.clip(values, low, high).astype(np.float64)
     brain_values = clipped[brain > 0]
+    mean, std = float(brain_values.mean()), float(brain_values.std())
     if np.array_equal(brain_values, np.rint(brain_values)) and low >= -32768 and high <= 32767:
         scale, intercept = 1.0, 0.0
     else:
         scale, intercept = max((high - low) / 65534.0, 1e-30), (high + low) / 2
-    stored = np.rint((clipped - intercept) / scale).astype(np.int16)
-    std = float(brain_values.std()) or 1.0  # a sequence without any contrast becomes all zeros, not NaN
-    return StoredVolume(stored, scale, intercept, float(brain_values.mean()), std, low, high)
+    stored = np.rint((np.where(brain > 0, clipped, mean) - intercept) / scale).astype(np.int16)
+    if std < 1e-6 * max(1.0, abs(mean)):
+        std = 1.0  # a sequence without any contrast becomes all zeros, not NaN
+    return StoredVolume(stored, scale, intercept, mean, std, low, high)
 
 
 def is_finer(candidate: Volume, other: Volume) -> bool:

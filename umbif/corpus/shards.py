@@ -84,9 +84,9 @@ class Frame:
     high: float
 
     @property
-    def darkest(self) -> int:
-        """The stored number of what lies outside of the brain."""
-        return round((self.low - self.intercept) / self.scale)
+    def outside(self) -> int:
+        """The stored number of what lies outside of the brain: its mean, so that a z-score is zero there."""
+        return round((self.mean - self.intercept) / self.scale)
 
 
 class Corpus:

@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from umbif.corpus.shards import Corpus
@@ -71,13 +70,6 @@ class TaskData(pl.LightningDataModule):
         """The exams of a part, in random order if there is a seed."""
         rows = self.parts[part]
         return WholeBrainDataset(self.corpus, rows, self.y[rows].astype(np.float32), seed)
-
-    def prevalence(self) -> float:
-        """Share of positives among the training exams."""
-        return float(self._train_y().mean())
-
-    def _train_y(self) -> npt.NDArray[np.int64]:
-        return self.y[self.parts["train"]]
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""

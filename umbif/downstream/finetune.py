@@ -9,11 +9,12 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 
 from umbif.downstream.data import TaskData
+from umbif.downstream.heads import ExtremesHead
 from umbif.encoders.optimise import Guard, adamw
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
@@ -29,12 +30,12 @@ class FineTune(pl.LightningModule):
 
     Args:
         encoder: With `weights`, or untrained.
-        head: Takes tokens (B, V, E), valid (B, V) and their mean (B, E), gives logits (B,).
+        head: From tokens to logits.
         max_tokens: Random tokens of each exam that a training step sees; null for all. Evaluation sees all.
         frozen: Train the head alone.
         layer_decay: Factor of the learning rate from each layer to the one before it.
         augmentation: Of training exams.
-        lr: Learning rate of the head.
+        lr: Learning rate of the head, which starts from a logistic regression.
         warmup_steps: Linear warm-up.
         weight_decay: Of matrices.
         gradient_clip: Largest norm of the gradient.
@@ -45,12 +46,12 @@ class FineTune(pl.LightningModule):
     def __init__(
         self,
         encoder: ViT3D,
-        head: nn.Module,
+        head: ExtremesHead,
         max_tokens: int | None = None,
         frozen: bool = False,
         layer_decay: float = 0.75,
         augmentation: Augmentation | None = None,
-        lr: float = 1e-3,
+        lr: float = 2e-4,
         warmup_steps: int = 20,
         weight_decay: float = 0.05,
         gradient_clip: float = 1.0,
@@ -75,8 +76,18 @@ class FineTune(pl.LightningModule):
         scores = None
         if budget is not None:
             scores = uniform(exams.seed, exams.slot, exams.view, DROP, self.encoder.num_patches(exams))
-        features = self.encoder.forward_features(exams, scores=scores, budget=budget, augmentation=augmentation)
-        return self.head(*features)
+        return self.head(self.features(exams, scores, budget, augmentation))
+
+    def features(
+        self,
+        exams: Exams,
+        scores: Tensor | None = None,
+        budget: int | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> Tensor:
+        """What the head takes, (B, F)."""
+        tokens = self.encoder.forward_features(exams, scores=scores, budget=budget, augmentation=augmentation)
+        return self.head.features(*tokens)
 
     def training_step(self, exams: Exams, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""
@@ -101,11 +112,17 @@ class FineTune(pl.LightningModule):
         assert exams.target is not None
         return exams.exam, exams.target, self(exams).float().sigmoid()
 
-    def on_fit_start(self) -> None:
-        """A fresh head starts from the prevalence, so that the first steps need not find it."""
-        if self.global_step == 0:
-            share = min(max(self.trainer.datamodule.prevalence(), 0.01), 0.99)
-            nn.init.constant_(self.head.get_parameter("linear.bias"), float(np.log(share / (1 - share))))
+    @torch.no_grad()
+    def on_train_start(self) -> None:
+        """A fresh head starts from a logistic regression on what the encoder gives already."""
+        if self.global_step:
+            return
+        data: TaskData = self.trainer.datamodule
+        parts = [(self.features(batch), batch) for batch in (b.to(self.device) for b in data.each_once("train"))]
+        y = torch.cat([batch.target for _, batch in parts if batch.target is not None])
+        person = torch.cat([batch.person for _, batch in parts])
+        features = torch.cat([features for features, _ in parts]).float().cpu()
+        self.head.start_from(features, y.cpu().numpy().astype(np.int64), person.cpu().numpy())
 
     def export(self, folder: Path, recipe: dict[str, Any]) -> None:
         """Writes predictions.parquet, `encoder/` and the head."""
@@ -132,7 +149,7 @@ class FineTune(pl.LightningModule):
         for name, _ in self.encoder.named_parameters():
             layer = next(i for i, prefixes in enumerate(groups) if any(name.startswith(p) for p in prefixes))
             factors[f"encoder.{name}"] = self.layer_decay ** (len(groups) - layer)
-        spared = self.encoder.no_weight_decay() | {"query"}
+        spared = self.encoder.no_weight_decay()
         return adamw([*self.named_parameters()], without=spared, lr_factor=factors, **self.optimisation)
 
 

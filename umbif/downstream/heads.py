@@ -1,54 +1,82 @@
 """From an exam's tokens to one logit.
 
-Shapes: B exams, V tokens, E width.
+Shapes: B exams, V tokens, E width, F features.
 """
 
+import math
+
+import numpy as np
+import numpy.typing as npt
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from umbif.encoders.vit import key_mask
-
-
-class MeanHead(nn.Module):
-    """A linear layer on the mean token.
-
-    Args:
-        embed_dim: E.
-        dropout: Before the linear layer.
-    """
-
-    def __init__(self, embed_dim: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.norm, self.dropout, self.linear = nn.LayerNorm(embed_dim), nn.Dropout(dropout), nn.Linear(embed_dim, 1)
-
-    def forward(self, tokens: Tensor, valid: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,)."""
-        return self.linear(self.dropout(self.norm(pooled)))[:, 0]
+NUM_FOLDS = 5
+INVERSE_PENALTIES = np.logspace(-5, 1, 7)
 
 
-class AttentiveHead(nn.Module):
-    """A learned query looks for the tokens that matter (Lee et al. 2019, arXiv:1810.00825): a lesion is few of many.
+class ExtremesHead(nn.Module):
+    """A linear layer on the mean token and on the largest and smallest values of each channel.
+
+    A lesion is few tokens of many, which a mean drowns; the extremes keep them (pooling of instances, as in Ilse et al.
+    2018, arXiv:1802.04712).
 
     Args:
         embed_dim: E.
-        num_heads: Queries, each on its share of the width.
-        dropout: Before the linear layer.
+        extreme_share: Share of an exam's tokens that each extreme is averaged over: a share and not a number, so that
+            training on some of the tokens and evaluation on all of them see the same.
+        dropout: Of the features.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int = 4, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Parameter(torch.zeros(num_heads, embed_dim // num_heads))
-        self.key_value = nn.Linear(embed_dim, 2 * embed_dim)
-        self.norm = nn.LayerNorm(2 * embed_dim)
-        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(2 * embed_dim, 1)
-        nn.init.normal_(self.query, std=0.02)
+    center: Tensor
+    spread: Tensor
 
-    def forward(self, tokens: Tensor, valid: Tensor, pooled: Tensor) -> Tensor:
-        """Logits (B,) from what the queries found, beside the mean."""
-        B, V, E = tokens.shape
-        key, value = self.key_value(tokens).view(B, V, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        query = self.query[None, :, None].expand(B, -1, -1, -1)
-        found = scaled_dot_product_attention(query, key, value, attn_mask=key_mask(valid)).reshape(B, E)
-        return self.linear(self.dropout(self.norm(torch.cat([found, pooled], dim=-1))))[:, 0]
+    def __init__(self, embed_dim: int, extreme_share: float = 0.015, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.extreme_share = extreme_share
+        self.register_buffer("center", torch.zeros(3 * embed_dim))
+        self.register_buffer("spread", torch.ones(3 * embed_dim))
+        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(3 * embed_dim, 1)
+
+    def features(self, tokens: Tensor, valid: Tensor, pooled: Tensor) -> Tensor:
+        """(B, F) of tokens (B, V, E), which of them are valid (B, V), and their mean (B, E)."""
+        largest, smallest = (self._largest(sign * tokens, valid) * sign for sign in (1, -1))
+        return torch.cat([pooled, largest, smallest], dim=-1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, F) to logits (B,)."""
+        return self.linear(self.dropout((features - self.center) / self.spread))[:, 0]
+
+    def start_from(self, features: Tensor, y: npt.NDArray[np.int64], person: npt.NDArray[np.int64]) -> None:
+        """Takes the logistic regression of the training exams' features, its penalty chosen on held-out people.
+
+        A head that begins at random sends its errors into the encoder and spoils what was learnt there (Kumar et al.
+        2022, arXiv:2202.10054).
+
+        Args:
+            features: (N, F).
+            y: (N,) of 0 and 1.
+            person: (N,).
+        """
+        spread, center = torch.std_mean(features, dim=0)
+        self.center.copy_(center)
+        self.spread.copy_(spread.clamp_min(1e-6))
+        x = ((features - self.center.cpu()) / self.spread.cpu()).double().numpy()
+        num_folds = min(NUM_FOLDS, int(np.bincount(y, minlength=2).min()))
+        if num_folds < 2:
+            return
+        folds = list(StratifiedGroupKFold(num_folds).split(x, y, person))
+        search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": INVERSE_PENALTIES}, scoring="neg_log_loss", cv=folds)
+        model = search.fit(x, y).best_estimator_
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.from_numpy(model.coef_))
+            self.linear.bias.copy_(torch.from_numpy(model.intercept_))
+
+    def _largest(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Mean of the largest values of each channel, (B, E)."""
+        num = (valid.sum(1) * self.extreme_share).ceil().clamp_min(1)
+        width = min(tokens.shape[1], math.ceil(tokens.shape[1] * self.extreme_share))
+        top = tokens.masked_fill(~valid[..., None], -1e4).topk(width, dim=1).values
+        counted = (torch.arange(width, device=tokens.device) < num[:, None])[..., None]
+        return (top * counted).sum(1) / num[:, None]

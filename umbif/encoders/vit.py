@@ -1,8 +1,9 @@
 """Vision transformer over the patches of every present sequence (Dosovitskiy et al. 2021, arXiv:2010.11929).
 
-Tokens come only from patches that hold brain. Positions are sines and cosines of millimetres from the centre of the
-brain's box, so any crop or spacing fits without re-made positions; registers after Darcet et al. 2024
-(arXiv:2309.16588).
+Tokens come only from patches that hold brain. One linear layer embeds the patches of all sequences, times a gain of the
+sequence: what is bright on T2 is dark on T1, so without it what is shared between sequences would cancel out.
+Positions are sines and cosines of millimetres from the centre of the brain's box, so any crop or spacing fits without
+re-made positions; registers after Darcet et al. 2024 (arXiv:2309.16588).
 Shapes: B exams × views, V tokens, R registers, E width, P voxels of a patch.
 """
 
@@ -18,7 +19,7 @@ from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import Patches, choose, gather, patch_grid
 
 SHORTEST_WAVE_PATCHES = 2.0  # two neighbouring patches stand half a wave apart
-LONGEST_WAVE_MM = 400.0  # longer than any head
+LONGEST_WAVE_MM = 200.0  # as long as a head
 SEQUENCE_STD = 0.7  # as large as a sine: what a token is of weighs as much as where it is
 
 
@@ -56,12 +57,14 @@ class ViT3D(nn.Module):
         self.embed = nn.Linear(patch_size**3, embed_dim)
         self.position = MillimetrePosition(embed_dim, patch_mm)
         self.sequence = nn.Embedding(len(SEQUENCES), embed_dim)
+        self.gain = nn.Embedding(len(SEQUENCES), embed_dim)
         self.registers = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.apply(initialise)
         nn.init.normal_(self.registers, std=0.02)
         nn.init.normal_(self.sequence.weight, std=SEQUENCE_STD)
+        nn.init.normal_(self.gain.weight)
         if weights is not None:
             from umbif.encoders.weights import load_encoder_weights
 
@@ -74,7 +77,7 @@ class ViT3D(nn.Module):
             Tokens (B, V, E) and their mean over the valid ones (B, E).
         """
         place = self.position(patches.position_mm) + self.sequence(patches.sequence)
-        tokens = self.embed(patches.voxels.flatten(2)) + place
+        tokens = self.embed(patches.voxels.flatten(2)) * self.gain(patches.sequence) + place
         num_registers = self.registers.shape[1]
         tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)
         mask = key_mask(patches.valid, num_registers)
@@ -116,12 +119,12 @@ class ViT3D(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would only harm, beside biases and norms."""
-        return {"registers", "sequence.weight"}
+        return {"registers", "sequence.weight", "gain.weight"}
 
     def layer_groups(self) -> list[list[str]]:
         """Prefixes of parameter names from the input to the output, for layer-wise learning rates."""
         inner = [[f"blocks.{i}."] for i in range(len(self.blocks))]
-        return [["embed.", "sequence.", "registers"], *inner, ["norm."]]
+        return [["embed.", "sequence.", "gain.", "registers"], *inner, ["norm."]]
 
 
 class Block(nn.Module):

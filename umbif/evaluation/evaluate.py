@@ -96,7 +96,7 @@ def _result(exams: pd.DataFrame) -> TaskResult:
 def _demand(predictions: pd.DataFrame) -> None:
     missing = [name for name in COLUMNS if name not in predictions.columns]
     if missing:
-        cure = "`umbif fit` with a fine-tuning recipe, or `umbif probe`, writes them all."
+        cure = "`umbif fit` with a fine-tuning recipe writes them all."
         raise UsageError(Problem("The predictions lack columns", ", ".join(missing), cure))
     test = predictions[predictions["split"] == "test"]
     if test.empty:

@@ -251,7 +251,7 @@ def _plain(result: TaskResult) -> dict[str, Any]:
 def _read(runs: Sequence[Path]) -> pd.DataFrame:
     paths = [Path(run) / "predictions.parquet" for run in runs]
     problems = [Problem("No run was named", cure="Name run folders, such as runs/finetune_idh.")] if not runs else []
-    cure = "`umbif fit` with a fine-tuning recipe, or `umbif probe`, writes it."
+    cure = "`umbif fit` with a fine-tuning recipe writes it."
     problems += [Problem("The run has no predictions.parquet", str(path.parent), cure)
                  for path in paths if not path.is_file()]  # fmt: skip
     if problems:

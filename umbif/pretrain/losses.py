@@ -29,17 +29,27 @@ def info_nce(projection: Tensor, slot: Tensor, person: Tensor, temperature: floa
         (B,) loss of this rank's views as anchors. The mean over ranks of the means is the loss of the joined batch,
         and so are its gradients under data-parallel averaging.
     """
-    z = normalize(projection.float(), dim=-1)
-    keys, key_slot, key_person = _gathered(z), _gathered_ids(slot), _gathered_ids(person)
-    logits = z @ keys.T / temperature  # (B, W * B)
+    keys = standardised(_gathered(projection.float()))
+    key_slot, key_person = _gathered_ids(slot), _gathered_ids(person)
+    first, num = _first_row(len(projection)), len(projection)
+    logits = keys[first : first + num] @ keys.T / temperature  # (B, W * B)
     positive = slot[:, None] == key_slot[None]
     same_person = person[:, None] == key_person[None]
     itself = torch.zeros_like(positive)
-    itself[torch.arange(len(z)), _first_row(len(z)) + torch.arange(len(z))] = True
+    itself[torch.arange(num), first + torch.arange(num)] = True
     positive = positive & ~itself
     logits = logits.masked_fill((same_person & ~positive) | itself, -torch.inf)
     log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
     return -torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1).clamp_min(1)
+
+
+def standardised(projection: Tensor) -> Tensor:
+    """Projections (N, D) of the joined batch, each dimension to mean 0 and variance 1, each row to length 1.
+
+    Without it all projections start out nearly parallel, and the loss stays at that of guessing.
+    """
+    std, mean = torch.std_mean(projection, dim=0, keepdim=True)
+    return normalize((projection - mean) / (std + 1e-4), dim=-1)
 
 
 def _gathered(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from umbif.stream.exams import Exams
 from umbif.stream.patches import PatchGrid
 from umbif.stream.philox import uniform
 
-TOKENS, COLUMNS, PLACES = 20, 21, 22  # purposes: their numbers are independent
+TOKENS, COLUMNS, PLACES, TARGETS = 20, 21, 22, 23  # purposes: their numbers are independent
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ def draw_masking(
     score = uniform(exams.seed, exams.slot, exams.view, TOKENS, S * N)
     column = uniform(exams.seed, exams.slot, exams.view, COLUMNS, N) < column_share
     place = uniform(exams.seed, exams.slot, exams.view, PLACES, N)
+    alone = uniform(exams.seed, exams.slot, exams.view, TARGETS, S * N)
     in_column = column[:, None].expand(B, S, N).flatten(1)
     shared = place[:, None].expand(B, S, N).flatten(1)
     visible, visible_valid = _first(score + in_column.float(), grid.available, num_visible, most=0.5)
     hidden = grid.available.scatter(1, visible, grid.available.gather(1, visible) & ~visible_valid)
-    target, target_valid = _first(torch.where(in_column, shared, score), hidden, num_targets)
+    target, target_valid = _first(torch.where(in_column, shared, alone), hidden, num_targets)
     return Masking(visible, visible_valid, target, target_valid)
 
 

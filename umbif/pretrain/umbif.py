@@ -98,7 +98,6 @@ class UMBIF(pl.LightningModule):
         losses = self.losses(exams)
         loss = losses["loss"].mean()
         self.log_dict({f"train/{name}": value.mean().detach() for name, value in losses.items()}, batch_size=len(exams))
-        self.guard.watch(losses["loss"], exams)
         return loss
 
     def validation_step(self, exams: Exams, batch_idx: int) -> None:
@@ -119,9 +118,12 @@ class UMBIF(pl.LightningModule):
         loss = torch.zeros(len(exams), device=tokens.device)
         if self.reconstruction_weight:
             target = self.augmentation(gather(exams, grid, masking.target, masking.target_valid), exams)
-            predicted = self.decoder(tokens, masking.visible_valid, target.position_mm, target.sequence)
+            predicted = self.decoder(tokens, visible, target)
             parts["reconstruction"] = reconstruction_loss(predicted, normalised(target.voxels.flatten(2)), target.valid)
             loss = loss + self.reconstruction_weight * parts["reconstruction"]
+        if self.training:
+            # One broken exam breaks everyone's contrast: what is watched is each exam's own.
+            self.guard.watch(parts.get("reconstruction", pooled.square().mean(-1)), exams)
         if self.contrast_weight:
             parts["contrast"] = info_nce(self.projector(pooled), exams.slot, exams.person, self.temperature)
             loss = loss + self.contrast_weight * parts["contrast"]
@@ -147,7 +149,7 @@ class UMBIF(pl.LightningModule):
         visible = gather(exams, grid, masking.visible, masking.visible_valid)
         target = gather(exams, grid, masking.target, masking.target_valid)
         tokens, _ = self.encoder(visible)
-        predicted = self.decoder(tokens, visible.valid, target.position_mm, target.sequence)
+        predicted = self.decoder(tokens, visible, target)
         variance, mean = torch.var_mean(target.voxels.flatten(2), dim=-1, keepdim=True)
         voxels = predicted * (variance + 1e-6).sqrt() + mean
         shown = scatter(exams, grid, masking.visible, visible.valid, visible.voxels.flatten(2))

@@ -26,9 +26,9 @@ class TrainingProgress(Callback):
         self.start_step = trainer.global_step
         if trainer.is_global_zero and sys.stdout.isatty():
             said = TextColumn("{task.fields[said]}")
+            done_of = BarColumn(bar_width=32), MofNCompleteColumn()
             left = TextColumn("left"), TimeRemainingColumn()
-            columns = TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), said, *left
-            self.bar = Progress(*columns, console=console)
+            self.bar = Progress(TextColumn("{task.description}"), *done_of, said, *left, console=console)
             self.bar.start()
             done, total = trainer.global_step, trainer.max_steps
             self.task = self.bar.add_task("Training", total=total, completed=done, said="")

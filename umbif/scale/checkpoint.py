@@ -44,11 +44,8 @@ class AtomicCheckpointIO(CheckpointIO):
             (aside / MANIFEST).write_text(json.dumps(manifest))
             _to_disk(aside / MANIFEST)
             _to_disk(aside)
-            if path.exists():
-                shutil.rmtree(path)
-            aside.rename(path)
-            _to_disk(path.parent)
-        except OSError as error:
+            _put_in_place(aside, path)
+        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
             shutil.rmtree(aside, ignore_errors=True)
             message = f"The checkpoint {path} could not be written: {error}. Earlier ones are intact."
             raise UmbifError(message) from error
@@ -123,6 +120,21 @@ def remove_leftovers(folder: Path) -> None:
     """Deletes what a killed save left aside. Only the holder of the run's lock may call it."""
     for leftover in folder.glob(".*.writing"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Renames; a checkpoint that stands there already goes only when the new one has its name."""
+    old = path.with_name(f".{path.name}.old.writing")
+    if path.exists():
+        path.rename(old)
+    try:
+        aside.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    _to_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _problem(path: Path) -> str | None:

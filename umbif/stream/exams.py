@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from umbif.corpus.shards import BRAIN, TUMOUR, Corpus
+from umbif.corpus.shards import BRAIN, Corpus
 from umbif.stream.order import Triple, View, draw_views, exam_of_slot
 
 SEQUENCES = ("t1", "t1ce", "t2", "flair", "dwi", "adc", "swi", "other")
@@ -48,7 +48,6 @@ class Exams:
     person: Tensor  # (B,)
     spacing_mm: float
     seed: int
-    tumour: Tensor | None = None  # (B, X, Y, Z) bool
     target: Tensor | None = None  # (B,) float32
 
     def __len__(self) -> int:
@@ -71,18 +70,22 @@ class Exams:
         return (self.low - self.mean) / self.std, ((self.high - self.low) / self.std).clamp_min(1e-6)
 
     def z_scores(self) -> Tensor:
-        """(B, S, X, Y, Z) float32; background is as dark as the darkest brain."""
+        """(B, S, X, Y, Z) float32; background is zero, the mean of the brain."""
         factor, shift = (numbers[:, :, None, None, None] for numbers in self.to_z_scores())
         return self.image.float() * factor + shift
 
     def padded(self, multiple: int) -> Self:
-        """Voxels of background added at the far ends, up to a multiple of the patch size."""
+        """Background added at the far ends, up to a multiple of the patch size."""
         missing = [-n % multiple for n in self.image.shape[2:]]
         if not any(missing):
             return self
         ends = [end for n in reversed(missing) for end in (0, n)]
-        tumour = None if self.tumour is None else pad(self.tumour, ends)
-        return replace(self, image=pad(self.image, ends), brain=pad(self.brain, ends), tumour=tumour)
+        x, y, z = self.image.shape[2:]
+        outside = ((self.mean - self.intercept) / self.scale).nan_to_num().round().to(self.image.dtype)
+        size = [n + m for n, m in zip((x, y, z), missing, strict=True)]
+        image = outside[:, :, None, None, None].expand(*outside.shape, *size).contiguous()
+        image[:, :, :x, :y, :z] = self.image
+        return replace(self, image=image, brain=pad(self.brain, ends))
 
     def _map(self, move: Any) -> Self:
         moved = {f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
@@ -182,13 +185,11 @@ def read_view(corpus: Corpus, exam: int, view: View, size: Triple, width: int) -
     }
     for entry, name in enumerate(view.sequences):
         frame = frames[name]
-        sample["image"][entry] = corpus.read(frame, view.start, size, fill=frame.darkest)
+        sample["image"][entry] = corpus.read(frame, view.start, size, fill=frame.outside)
         sample["present"][entry] = True
         sample["sequence"][entry] = SEQUENCES.index(name)
         for number in NUMBERS:
             sample[number][entry] = getattr(frame, number)
-    if TUMOUR in frames:
-        sample["tumour"] = corpus.read(frames[TUMOUR], view.start, size).astype(bool)
     return sample
 
 
@@ -196,19 +197,17 @@ def collate(samples: Sequence[list[Sample]], *, spacing_mm: float, seed: int) ->
     """Joins the views of several exams; boxes of different sizes are padded at their far ends to the largest."""
     views = [view for sample in samples for view in sample]
     size = np.max([view["brain"].shape for view in views], axis=0)
-    stacked: dict[str, Tensor | None] = {}
-    for name in ("image", "brain", "tumour"):
-        if name == "tumour" and not all("tumour" in view for view in views):
-            stacked["tumour"] = None
-            continue
-        stacked[name] = torch.from_numpy(np.stack([_grown(view[name], size) for view in views]))
+    stacked = {
+        "image": torch.from_numpy(np.stack([_grown(view["image"], size, outside_of(view)) for view in views])),
+        "brain": torch.from_numpy(np.stack([_grown(view["brain"][None], size, np.zeros(1))[0] for view in views])),
+    }
     for name in (*NUMBERS, "present", "sequence", "crop_start", "box"):
         stacked[name] = torch.from_numpy(np.stack([view[name] for view in views]))
     for name in ("slot", "view", "exam", "person"):
         stacked[name] = torch.tensor([int(view[name]) for view in views])
     if "target" in views[0]:
         stacked["target"] = torch.tensor([float(view["target"]) for view in views])
-    return Exams(spacing_mm=spacing_mm, seed=seed, **stacked)  # type: ignore[arg-type]
+    return Exams(spacing_mm=spacing_mm, seed=seed, **stacked)
 
 
 def most_sequences(corpus: Corpus) -> int:
@@ -222,6 +221,18 @@ def person_codes(corpus: Corpus) -> npt.NDArray[np.int64]:
     return np.asarray(codes, dtype=np.int64)
 
 
-def _grown(array: npt.NDArray[Any], size: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    missing = [(0, 0)] * (array.ndim - 3) + [(0, int(n - m)) for n, m in zip(size, array.shape[-3:], strict=True)]
-    return np.pad(array, missing) if any(n for _, n in missing) else array
+def outside_of(view: Sample) -> npt.NDArray[np.int16]:
+    """The stored number (S,) of background: a z-score of zero."""
+    scale = np.where(view["present"], view["scale"], 1)
+    return np.rint((view["mean"] - view["intercept"]) / scale).astype(np.int16)
+
+
+def _grown(array: npt.NDArray[Any], size: npt.NDArray[np.int64], fill: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(S, X, Y, Z) up to `size`, with `fill` (S,) at the far ends."""
+    if tuple(size) == array.shape[1:]:
+        return array
+    grown = np.empty((len(array), *size), dtype=array.dtype)
+    grown[:] = fill[:, None, None, None]
+    x, y, z = array.shape[1:]
+    grown[:, :x, :y, :z] = array
+    return grown
