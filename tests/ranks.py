@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from umbif.pretrain.losses import info_nce
+from umbif.pretrain.losses import info_nce, standardised
 
 
 def contrast_batch(num_views: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def contrast_of_rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     projection, slot, person = (whole.chunk(2)[rank] for whole in contrast_batch())
     layer = same_layer()
-    loss = info_nce(layer(projection), slot, person, 0.2)
+    loss = info_nce(standardised(layer(projection)), slot, person, 0.2)
     loss.mean().backward()
     torch.save({"loss": loss.detach(), "gradient": layer.weight.grad}, folder / f"{rank}.pt")
     dist.destroy_process_group()

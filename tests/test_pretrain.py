@@ -16,7 +16,7 @@ from umbif.encoders.optimise import Guard
 from umbif.encoders.vit import ViT3D
 from umbif.errors import UmbifError
 from umbif.pretrain.decoder import normalised
-from umbif.pretrain.losses import info_nce, reconstruction_loss
+from umbif.pretrain.losses import info_nce, reconstruction_loss, standardised
 from umbif.pretrain.umbif import UMBIF
 from umbif.scale.checkpoint import AtomicCheckpointIO
 from umbif.stream.exams import CropDataset, Exams, collate
@@ -106,7 +106,7 @@ def test_contrast_over_two_ranks_equals_the_joined_batch(tmp_path):
     mp.start_processes(contrast_of_rank, args=(tmp_path,), nprocs=2, start_method="spawn")
     projection, slot, person = contrast_batch()
     layer = same_layer()
-    loss = info_nce(layer(projection), slot, person, 0.2)
+    loss = info_nce(standardised(layer(projection)), slot, person, 0.2)
     loss.mean().backward()
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert torch.allclose(torch.cat([rank["loss"] for rank in ranks]), loss, atol=1e-6)

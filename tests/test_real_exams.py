@@ -49,7 +49,7 @@ def test_pretraining_learns_and_draws_what_it_learnt(corpus: Corpus, tmp_path: P
             "pretrain/umbif_tiny",
             [f"data.corpus={corpus.folder}", f"run.dir={tmp_path / 'run'}", "trainer.max_steps=100",
              "data.global_batch_size=8", "data.num_workers=0", "model.lr=3e-2"],
-        )  # fmt: skip
+        )
     )
     metrics = pd.read_csv(run / "metrics.csv")
     loss = metrics["train/reconstruction"].dropna()

@@ -135,12 +135,6 @@ def test_a_stream_that_starts_again_in_the_middle_goes_on_with_the_same_bits(cor
         assert_same(found, expected)
 
 
-def test_a_tumour_mask_does_not_come_and_go_with_the_number_of_ranks(corpus):
-    quarters = [stream(corpus, rank, 4) for rank in range(4)]
-    for step, expected in enumerate(stream(corpus)):
-        assert [quarter[step].tumour is None for quarter in quarters] == [expected.tumour is None] * 4
-
-
 def test_a_stream_of_another_seed_is_another(corpus, undisturbed):
     other = stream(corpus, seed=6)
     assert not torch.equal(other[0].exam, undisturbed[0].exam) or not torch.equal(other[0].image, undisturbed[0].image)
@@ -174,14 +168,14 @@ def test_z_scores_of_the_whole_brain_have_mean_0_and_variance_1(corpus):
             assert inside.std() == pytest.approx(1, abs=1e-3)
 
 
-def test_padding_is_as_dark_as_the_darkest_brain(corpus):
+def test_background_and_padding_are_the_mean_of_the_brain(corpus):
     small, large = whole_brains(corpus, "TINY/P2", "TINY/P6")
     joined = whole_brain(corpus, "TINY/P2", "TINY/P6").padded(8)
     for row, alone in enumerate((small, large)):
-        shown, (darkest, _) = joined.z_scores()[row], joined.z_range()
+        shown = joined.z_scores()[row]
         for entry in range(int(alone.present.sum())):
             outside = shown[entry][~joined.brain[row]]
-            assert torch.allclose(outside, darkest[row, entry].expand_as(outside), atol=1e-3)
+            assert outside.abs().max() < 0.02  # half of what int16 can tell apart
 
 
 def test_gather_then_scatter_puts_every_voxel_back(batch):
@@ -387,8 +381,7 @@ def join(parts: list[Exams]) -> Exams:
 
 
 def assert_same(found: Exams, expected: Exams) -> None:
-    """Every field but the tumour's, which has a test of its own."""
-    for name in {f.name for f in fields(Exams)} - {"tumour"}:
+    for name in {f.name for f in fields(Exams)}:
         ours, theirs = getattr(found, name), getattr(expected, name)
         assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs, name
 

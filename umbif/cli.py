@@ -173,7 +173,9 @@ def report(
     """Statistics, comparisons and figures of predictions, as one HTML page. Needs no GPU."""
     from umbif.evaluation.report import write_report
 
-    print(f"Wrote {write_report(runs, output or runs[0] / 'report.html')}")
+    page = write_report(runs, output or runs[0] / "report.html")
+    print(f"Wrote {page}")
+    following(f"python -m webbrowser {page}")
 
 
 @app.command(epilog=example("umbif phantom -o phantom", "umbif phantom -o phantom_1mm --exams 4 --spacing 1"))
@@ -202,7 +204,7 @@ def demo(
 
     page = run_demo(output, null=null)
     print(f"\nThe report: {page}")
-    following("umbif index YOUR_FOLDER -o manifest.parquet")
+    following(f"python -m webbrowser {page}", "umbif index YOUR_FOLDER -o manifest.parquet")
 
 
 @app.command(epilog=example("umbif env"))

@@ -1,6 +1,7 @@
 """The whole way on a laptop: what `umbif demo` does, each step the same function that its verb calls."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -32,10 +33,16 @@ NOTES = (
 NULL_NOTE = "The labels were shuffled between exams: nothing can be learnt, and every task has to come out at chance."
 
 
-def run_demo(out: Path, *, null: bool = False) -> Path:
+def run_demo(out: Path, *, null: bool = False, num_exams: int = NUM_EXAMS, overrides: Sequence[str] = ()) -> Path:
     """Phantoms, index, corpus, pretraining, four tasks with and without pretraining, report.
 
     Every step that has been done is left as it is, so the same command goes on where it stopped.
+
+    Args:
+        out: Where everything goes.
+        null: Shuffle the labels.
+        num_exams: Phantoms.
+        overrides: For every training recipe.
 
     Returns:
         The report.
@@ -43,11 +50,11 @@ def run_demo(out: Path, *, null: bool = False) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     _check_same_kind(out, null)
     _step("1/5  Synthetic exams")
-    manifest = _manifest(out, null)
+    manifest = _manifest(out, null, num_exams)
     _step("2/5  Corpus")
     corpus = _corpus(out, manifest)
     _step("3/5  Pretraining")
-    shared = [f"data.corpus={corpus}"]
+    shared = [f"data.corpus={corpus}", *overrides]
     fit(compose("pretrain/umbif_tiny", [*shared, f"run.dir={out / 'pretrain'}"]))
     runs = []
     for number, task in enumerate(TASKS, start=1):
@@ -74,9 +81,9 @@ def _check_same_kind(out: Path, null: bool) -> None:
     path.write_text(json.dumps({"null": null}))
 
 
-def _manifest(out: Path, null: bool) -> pd.DataFrame:
+def _manifest(out: Path, null: bool, num_exams: int) -> pd.DataFrame:
     path = out / "manifest.parquet"
-    labels = write_phantom(out / "phantom", NUM_EXAMS, spacing_mm=SPACING_MM, null=null)
+    labels = write_phantom(out / "phantom", num_exams, spacing_mm=SPACING_MM, null=null)
     if not path.exists():
         write_manifest(
             build_manifest([out / "phantom"], dataset="phantom", labels=labels, test_fraction=TEST_FRACTION), path

@@ -67,7 +67,8 @@ class ExtremesHead(nn.Module):
         if num_folds < 2:
             return
         folds = list(StratifiedGroupKFold(num_folds).split(x, y, person))
-        search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": INVERSE_PENALTIES}, scoring="neg_log_loss", cv=folds)
+        penalties = {"C": INVERSE_PENALTIES}
+        search = GridSearchCV(LogisticRegression(max_iter=1000), penalties, scoring="neg_log_loss", cv=folds)
         model = search.fit(x, y).best_estimator_
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(model.coef_))

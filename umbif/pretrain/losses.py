@@ -29,14 +29,13 @@ def info_nce(projection: Tensor, slot: Tensor, person: Tensor, temperature: floa
         (B,) loss of this rank's views as anchors. The mean over ranks of the means is the loss of the joined batch,
         and so are its gradients under data-parallel averaging.
     """
-    keys = standardised(_gathered(projection.float()))
-    key_slot, key_person = _gathered_ids(slot), _gathered_ids(person)
-    first, num = _first_row(len(projection)), len(projection)
-    logits = keys[first : first + num] @ keys.T / temperature  # (B, W * B)
+    z, num = normalize(projection.float(), dim=-1), len(projection)
+    keys, key_slot, key_person = _gathered(z), _gathered_ids(slot), _gathered_ids(person)
+    logits = z @ keys.T / temperature  # (B, W * B)
     positive = slot[:, None] == key_slot[None]
     same_person = person[:, None] == key_person[None]
     itself = torch.zeros_like(positive)
-    itself[torch.arange(num), first + torch.arange(num)] = True
+    itself[torch.arange(num), _first_row(num) + torch.arange(num)] = True
     positive = positive & ~itself
     logits = logits.masked_fill((same_person & ~positive) | itself, -torch.inf)
     log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
@@ -44,12 +43,12 @@ def info_nce(projection: Tensor, slot: Tensor, person: Tensor, temperature: floa
 
 
 def standardised(projection: Tensor) -> Tensor:
-    """Projections (N, D) of the joined batch, each dimension to mean 0 and variance 1, each row to length 1.
+    """Projections (B, D) with mean 0 and variance 1 in each dimension, over the joined batch of all ranks.
 
-    Without it all projections start out nearly parallel, and the loss stays at that of guessing.
+    Without it all projections start out nearly parallel, and the contrast stays at that of guessing.
     """
-    std, mean = torch.std_mean(projection, dim=0, keepdim=True)
-    return normalize((projection - mean) / (std + 1e-4), dim=-1)
+    std, mean = torch.std_mean(_gathered(projection.float()), dim=0, keepdim=True)
+    return (projection - mean) / (std + 1e-4)
 
 
 def _gathered(values: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from umbif.encoders.optimise import Guard, adamw
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
 from umbif.pretrain.decoder import CrossDecoder, normalised
-from umbif.pretrain.losses import info_nce, reconstruction_loss
+from umbif.pretrain.losses import info_nce, reconstruction_loss, standardised
 from umbif.pretrain.masking import draw_masking
 from umbif.pretrain.monitors import write_reconstruction
 from umbif.stream.augment import Augmentation
@@ -125,7 +125,8 @@ class UMBIF(pl.LightningModule):
             # One broken exam breaks everyone's contrast: what is watched is each exam's own.
             self.guard.watch(parts.get("reconstruction", pooled.square().mean(-1)), exams)
         if self.contrast_weight:
-            parts["contrast"] = info_nce(self.projector(pooled), exams.slot, exams.person, self.temperature)
+            z = standardised(self.projector(pooled))
+            parts["contrast"] = info_nce(z, exams.slot, exams.person, self.temperature)
             loss = loss + self.contrast_weight * parts["contrast"]
         return {"loss": loss, **parts}
 

@@ -25,13 +25,12 @@ class TrainingProgress(Callback):
         self.start_s = self.said_s = time.monotonic()
         self.start_step = trainer.global_step
         if trainer.is_global_zero and sys.stdout.isatty():
-            said = TextColumn("{task.fields[said]}")
-            done_of = BarColumn(bar_width=32), MofNCompleteColumn()
-            left = TextColumn("left"), TimeRemainingColumn()
-            self.bar = Progress(TextColumn("{task.description}"), *done_of, said, *left, console=console)
+            done = BarColumn(bar_width=32), MofNCompleteColumn()
+            said, left = TextColumn("{task.fields[said]}"), (TextColumn("left"), TimeRemainingColumn())
+            self.bar = Progress(TextColumn("{task.description}"), *done, said, *left, console=console)
             self.bar.start()
-            done, total = trainer.global_step, trainer.max_steps
-            self.task = self.bar.add_task("Training", total=total, completed=done, said="")
+            step, total = trainer.global_step, trainer.max_steps
+            self.task = self.bar.add_task("Training", total=total, completed=step, said="")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Tells the step, the loss and the time left."""
@@ -53,8 +52,8 @@ class TrainingProgress(Callback):
         if self.bar is not None:
             self.bar.stop()
         if trainer.is_global_zero and self.bar is None:
-            took = duration(time.monotonic() - self.start_s)
-            print(f"Training  step {trainer.global_step}/{trainer.max_steps}  {self._said(trainer)}  {took}", flush=True)
+            took, step = duration(time.monotonic() - self.start_s), f"step {trainer.global_step}/{trainer.max_steps}"
+            print(f"Training  {step}  {self._said(trainer)}  {took}", flush=True)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the terminal clean."""
