@@ -65,7 +65,7 @@ def test_a_run_is_not_continued_with_another_model(
     assert run([*FIT, *small, "trainer.max_steps=2"], monkeypatch, capsys)[0] == 0
     code, _, err = run([*FIT, *small, "trainer.max_steps=2", "model.lr=1.0"], monkeypatch, capsys)
     assert code == 2
-    assert "model.lr was 0.016, is now 1.0" in err
+    assert "model.lr was 0.04, is now 1.0" in err
     code, out, _ = run([*FIT, *small, "trainer.max_steps=2"], monkeypatch, capsys)
     assert code == 0
     assert "nothing to do" in out

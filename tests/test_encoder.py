@@ -157,7 +157,8 @@ def test_weight_decay_spares_norms_biases_and_embeddings(encoder):
     made = adamw([*encoder.named_parameters()], without=encoder.no_weight_decay(), **options)
     names = {id(p): name for name, p in encoder.named_parameters()}
     decay = {names[id(p)]: g["weight_decay"] for g in made["optimizer"].param_groups for p in g["params"]}
-    matrices = {n for n in decay if n.endswith("weight") and "norm" not in n and n != "sequence.weight"}
+    tables = ("sequence.weight", "gain.weight")
+    matrices = {n for n in decay if n.endswith("weight") and "norm" not in n and n not in tables}
     assert decay == {name: 0.05 if name in matrices else 0.0 for name in names.values()}
 
 

@@ -47,7 +47,7 @@ def test_an_untrained_model_is_at_chance(batch):
     """Of a target with variance 1, a prediction near 0 misses 1; of n keys that look alike, one is right by log n."""
     losses = {name: value.detach() for name, value in small_umbif().losses(batch).items()}
     assert losses["reconstruction"].mean() == pytest.approx(1.0, abs=0.7)
-    assert losses["contrast"].mean() == pytest.approx(math.log(len(batch) - 2), abs=0.7)
+    assert losses["contrast"].mean() == pytest.approx(math.log(len(batch) - 2), abs=1.2)
 
 
 def test_a_loss_of_one_exam_does_not_depend_on_the_others(batch, corpus):

@@ -30,6 +30,10 @@ NOTES = (
     "Pretrained and untrained are the same network with the same fine-tuning. A gain over untrained is not yet "
     "evidence for pretraining: a network trained on shuffled voxels can show one too.",
 )
+CAPTION = (
+    "a held-out exam, the quarter of it that the encoder saw, and what it predicted. Predicted patches carry the mean "
+    "and the spread of the true ones, for which the loss does not ask."
+)
 NULL_NOTE = "The labels were shuffled between exams: nothing can be learnt, and every task has to come out at chance."
 
 
@@ -110,7 +114,7 @@ def _report(out: Path, manifest: pd.DataFrame, runs: list[Path], null: bool) -> 
         "split": exams["split"].value_counts().to_dict(),
     }
     pictures = sorted((out / "pretrain" / "figures").glob("reconstruction_*.png"))
-    figures = [(f"Reconstruction of a held-out exam, {p.stem.removeprefix('reconstruction_')}", p) for p in pictures]
+    figures = [(f"{p.stem.removeprefix('reconstruction_')}: {CAPTION}", p) for p in pictures]
     notes = [*NOTES, NULL_NOTE] if null else NOTES
     return write_report(
         runs, out / "report.html", title="UMBIF on synthetic gliomas", notes=notes, figures=figures[:2], cohort=cohort

@@ -124,7 +124,7 @@ def quantise(values: Array, brain: Array, clip_percentiles: tuple[float, float])
     else:
         scale, intercept = max((high - low) / 65534.0, 1e-30), (high + low) / 2
     stored = np.rint((np.where(brain > 0, clipped, mean) - intercept) / scale).astype(np.int16)
-    if std < 1e-6 * max(1.0, abs(mean)):
+    if std <= 1e-12 * abs(mean):
         std = 1.0  # a sequence without any contrast becomes all zeros, not NaN
     return StoredVolume(stored, scale, intercept, mean, std, low, high)
 

@@ -21,7 +21,7 @@ class MetricsCSV(Logger):
     def __init__(self, folder: Path, resumed_step: int = 0) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
+        self.last: dict[str, str] = {}
         self.columns = ["step", "slot"]
         if self.path.exists():
             self._read(resumed_step)
@@ -42,36 +42,20 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Adds to the row of this step."""
-        values = {k: v for k, v in metrics.items() if k != "epoch"}
+        """Writes a row; what comes later for the same step joins it."""
+        values = {k: _short(v) for k, v in metrics.items() if k != "epoch"}
         if not values:
             return
-        if self.rows and self.rows[-1]["step"] == step:
-            self.rows[-1].update(values)
-        else:
-            self._append_last()
-            self.rows = [{"step": step, **values}]
-
-    @rank_zero_only
-    def save(self) -> None:
-        """Nothing is held back but the row of the current step."""
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Writes the last row."""
-        self._append_last()
-        self.rows = []
-
-    def _append_last(self) -> None:
-        if not self.rows:
-            return
-        row = self.rows[-1]
-        new = [c for c in row if c not in self.columns]
-        if new or not self.path.exists():
+        joins = self.last.get("step") == str(step)
+        self.last = {**self.last, **values} if joins else {"step": str(step), **values}
+        new = [c for c in self.last if c not in self.columns]
+        if joins or new or not self.path.exists():
             self.columns += new
-            self._rewrite(self._existing())
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow({k: _short(v) for k, v in row.items()})
+            before = self._existing()
+            self._rewrite([*(before[:-1] if joins else before), self.last])
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(self.last)
 
     def _read(self, resumed_step: int) -> None:
         existing = self._existing()
@@ -95,5 +79,5 @@ class MetricsCSV(Logger):
         aside.replace(self.path)
 
 
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
