@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from umbif import cli
 
@@ -70,6 +71,26 @@ def test_a_run_is_not_continued_with_another_model(
     assert code == 0
     assert "nothing to do" in out
     assert run([*FIT, *small, "trainer.max_steps=3"], monkeypatch, capsys)[0] == 0
+
+
+def test_a_run_has_one_writer(
+    corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with FileLock(tmp_path / ".lock"):
+        command = [*FIT, f"data.corpus={corpus_folder}", f"run.dir={tmp_path}"]
+        code, _, err = run(command, monkeypatch, capsys)
+    assert code == 1
+    assert "Another process is writing" in err
+
+
+def test_a_recipe_that_cannot_start_does_not_claim_its_folder(
+    corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    wrong = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", "model.encoder.patch_mm=8"]
+    code, _, err = run([*FIT, *wrong], monkeypatch, capsys)
+    assert code == 2
+    assert "8 voxels of 2 mm, which are 16 mm" in err
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def run(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> None:
     """Loads weights into an encoder of the same configuration, every tensor or none.
 
     Raises:
-        UsageError: The configurations differ; names each difference.
+        UsageError: The configurations differ (each difference is named), or the file is damaged.
     """
     folder = encoder_folder(path)
     theirs, ours = read_config(folder)["init_args"], encoder.config
@@ -76,4 +77,7 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> None:
     ]
     if differing:
         raise UsageError(differing, f"the weights of {folder}")
-    encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    try:
+        encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except SafetensorError as error:
+        raise UsageError(Problem(f"{folder / WEIGHTS} is damaged", str(error), "Copy or export it again")) from error

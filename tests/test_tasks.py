@@ -1,0 +1,98 @@
+"""Labels as their authors spelled them, splits by person, thresholds, and the head's first weights."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from umbif.downstream.finetune import youden_threshold
+from umbif.downstream.heads import ExtremesHead
+from umbif.downstream.tasks import MISSING, BinaryLabel, split_rows, targets
+from umbif.errors import UsageError
+from umbif.recipe import compose
+
+UCSF, UPENN, TCGA = "UCSF-PDGM-metadata_v2.csv", "UPENN-GBM_clinical_info_v2.1.csv", "tcga_2021_who_labels.csv"
+
+
+@pytest.mark.parametrize(
+    ("task", "table", "expected"),
+    [
+        ("idh", UCSF, {1: 103, 0: 398}),  # nine spellings
+        ("codeletion", UCSF, {1: 9, 0: 401, MISSING: 91}),  # "relative co-deletion" is not the codeletion
+        ("mgmt", UCSF, {1: 302, 0: 114, MISSING: 85}),
+        ("idh", UPENN, {1: 19, 0: 544, MISSING: 106}),
+        ("mgmt", UPENN, {1: 121, 0: 169, MISSING: 379}),
+        ("progression", UPENN, {1: 34, 0: 8, MISSING: 627}),
+        ("idh", TCGA, {1: 706, 0: 616}),
+        ("codeletion", TCGA, {1: 301, 0: 1017, MISSING: 4}),
+        ("mgmt", TCGA, {1: 826, 0: 270, MISSING: 226}),
+    ],
+)
+def test_published_tables_are_read_as_their_authors_meant(
+    real_data: Path, task: str, table: str, expected: dict[int, int]
+) -> None:
+    rows = pd.read_csv(real_data / "tables" / table, dtype=str, keep_default_na=False)
+    node = {**compose(f"finetune/{task}").tree["data"]["label"]}
+    node.pop("class_path")
+    assert Counter(targets(rows, BinaryLabel(**node)).tolist()) == expected
+
+
+def test_a_spelling_that_nobody_foresaw_is_told_and_never_taken_as_missing() -> None:
+    label = BinaryLabel(columns=["idh"], positive=["mutant"], negative=["wildtype"])
+    rows = pd.DataFrame({"idh": [" Mutant", "WILDTYPE", "", "mutan", "mutan"]})
+    with pytest.raises(UsageError, match=r"'mutan' \(2 exams\)"):
+        targets(rows, label)
+    assert targets(rows[:3], label).tolist() == [1, 0, MISSING]
+
+
+def test_a_missing_column_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(UsageError, match=r"idh or IDH.*columns exam, mgmt"):
+        targets(pd.DataFrame({"exam": [], "mgmt": []}), BinaryLabel(columns=["idh", "IDH"], positive=[], negative=[]))
+
+
+def test_nobody_is_in_two_parts() -> None:
+    rng = np.random.default_rng(0)
+    person = rng.integers(0, 60, 100).astype(str)
+    split = np.where(np.isin(person, np.unique(person)[:20]), "test", "train")
+    exams = pd.DataFrame({"person": person, "split": split})
+    y = np.where(rng.random(100) < 0.1, MISSING, rng.integers(0, 2, 100))
+    parts = split_rows(exams, y, val_fraction=0.25, seed=0)
+    people = {name: set(person[rows]) for name, rows in parts.items()}
+    assert not people["train"] & people["val"]
+    assert not (people["train"] | people["val"]) & people["test"]
+    assert sorted(np.concatenate(list(parts.values()))) == np.flatnonzero(y != MISSING).tolist()
+
+
+def test_a_task_with_one_class_in_its_test_set_is_refused() -> None:
+    exams = pd.DataFrame({"person": list("abcdef"), "split": ["train"] * 4 + ["test"] * 2})
+    with pytest.raises(UsageError, match=r"test part.*2 positive, 0 negative"):
+        split_rows(exams, np.array([0, 1, 0, 1, 1, 1]), val_fraction=0.5, seed=0)
+
+
+def test_the_threshold_maximises_sensitivity_plus_specificity() -> None:
+    y = np.array([0, 0, 0, 1, 0, 1, 1])
+    score = np.array([0.1, 0.2, 0.3, 0.35, 0.4, 0.6, 0.9])
+    assert youden_threshold(y, score) == pytest.approx(0.325)  # 1 + 3/4, against 2/3 + 1 at 0.5
+    assert youden_threshold(y, np.full(7, 0.5)) == 0.5
+
+
+def test_the_head_starts_from_what_the_features_say() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 12, generator=generator) * 5 + 3
+    y = (features[:, 4] > 3).numpy().astype(np.int64)
+    head = ExtremesHead(embed_dim=4)
+    head.start_from(features, y, np.arange(200))
+    assert (((head(features) > 0).numpy() == y).mean()) > 0.95
+    assert int(head.linear.weight.abs().argmax()) == 4
+
+
+def test_extremes_leave_out_what_is_not_valid_and_scale_with_the_number_of_tokens() -> None:
+    tokens = torch.arange(200.0)[None, :, None].repeat(2, 1, 1)
+    valid = torch.ones(2, 200, dtype=torch.bool)
+    valid[1, 100:] = False
+    _, largest, smallest = ExtremesHead(1, extreme_share=0.02).features(tokens, valid, torch.zeros(2, 1)).unbind(1)
+    assert largest.tolist() == [np.mean([196, 197, 198, 199]), np.mean([98, 99])]
+    assert smallest.tolist() == [1.5, 0.5]
