@@ -38,7 +38,7 @@ def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder):
+    with _held(folder):
         _check_same(folder, recipe)
         with _log_file(folder / "log.txt"):
             yield folder
@@ -50,15 +50,19 @@ def is_leader() -> bool:
     return all(rank in (None, "0") for rank in ranks)
 
 
-def _lock(folder: Path) -> FileLock:
-    lock = FileLock(folder / ".lock", timeout=0)
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire()
+        lock.acquire(timeout=0)
     except Timeout:
         raise UmbifError(
             f"Another process is writing {folder}. Wait for it to end, or give this run another run.dir."
         ) from None
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
