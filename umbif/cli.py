@@ -218,8 +218,11 @@ def env() -> None:
 
 
 def following(*commands: str) -> None:
-    """What to type next."""
-    console.print("\n[dim]Next:[/dim]  " + "\n       ".join(commands), markup=True)
+    """What to type next; said once, also where a run has many processes."""
+    from umbif.machine import is_leader
+
+    if is_leader():
+        console.print("\n[dim]Next:[/dim]  " + "\n       ".join(commands), markup=True)
 
 
 def version(wanted: bool) -> None:

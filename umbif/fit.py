@@ -11,11 +11,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from umbif.encoders.weights import CONFIG
 from umbif.errors import Problem, UsageError
+from umbif.machine import is_leader
 from umbif.progress import console
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
 from umbif.recipe_check import Built, build, check
-from umbif.run import is_leader, open_run, write_provenance
+from umbif.run import open_run, write_provenance
 from umbif.scale.callbacks import Throughput, TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV

@@ -15,6 +15,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_leader() -> bool:
+    """Whether this process is the first of its job, by what launchers set before any of them talk."""
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+    return all(rank in (None, "0") for rank in ranks)
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware; no names of people or machines."""
     versions = {}

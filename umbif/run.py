@@ -6,7 +6,6 @@ checkpoints/step=000100/, encoder/, figures/, log.txt, predictions.parquet and r
 
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from umbif.errors import Problem, UmbifError, UsageError
-from umbif.machine import environment
+from umbif.machine import environment, is_leader
 from umbif.recipe import Recipe, read_tree
 
 # What may differ when a run goes on: nothing of it enters the numbers.
@@ -42,12 +41,6 @@ def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
         _check_same(folder, recipe)
         with _log_file(folder / "log.txt"):
             yield folder
-
-
-def is_leader() -> bool:
-    """Whether this process is the first of its job, by what launchers set before any of them talk."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return all(rank in (None, "0") for rank in ranks)
 
 
 @contextmanager

@@ -4,9 +4,10 @@ Both return one value an exam, so that a broken sample can be named.
 Shapes: B exams × views, T targets, P voxels, D dimensions of a projection, W ranks.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import normalize
 
 
@@ -51,15 +52,31 @@ def standardised(projection: Tensor) -> Tensor:
     return (projection - mean) / (std + 1e-4)
 
 
+class _Gather(torch.autograd.Function):
+    """The rows of all ranks; each rank's rows get the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _joined(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        torch.distributed.all_reduce(total)
+        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
 def _gathered(values: Tensor) -> Tensor:
-    return torch.cat(all_gather(values)) if _distributed() else values
+    return _Gather.apply(values) if _distributed() else values
 
 
 def _gathered_ids(values: Tensor) -> Tensor:
-    if not _distributed():
-        return values
+    return _joined(values) if _distributed() else values
+
+
+def _joined(values: Tensor) -> Tensor:
     everywhere = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everywhere, values)
+    torch.distributed.all_gather(everywhere, values.contiguous())
     return torch.cat(everywhere)
 
 
