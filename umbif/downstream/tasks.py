@@ -87,7 +87,9 @@ def split_rows(
     in_test = (exams["split"] == "test").to_numpy()
     pool = np.flatnonzero(have & ~in_test)
     _check_classes(y, {"training": pool, "test": np.flatnonzero(have & in_test)})
-    folds = StratifiedGroupKFold(round(1 / val_fraction), shuffle=True, random_state=seed)
+    rarest = int(np.bincount(y[pool]).min())
+    num_folds = max(2, min(round(1 / val_fraction), rarest))  # each fold needs one of the rarer class
+    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     train, val = next(iter(folds.split(pool, y[pool], exams["person"].to_numpy()[pool])))
     parts = {"train": pool[train], "val": pool[val], "test": np.flatnonzero(have & in_test)}
     _check_classes(y, {"training": parts["train"], "validation": parts["val"]})
