@@ -25,8 +25,8 @@ TASKS = ("idh", "codeletion", "mgmt", "progression")
 ARMS = {"pretrained": "pretrain", "untrained": None}  # model name → the run whose encoder it starts from
 NOTES = (
     "These exams are synthetic. The page shows that the machinery works and makes no clinical claim.",
-    "Labels change how the lesions look, each with a strength that is written in umbif/corpus/phantom.py; that of MGMT "
-    "is weak on purpose, as careful studies of real exams find it.",
+    "Labels change how the lesions look, each with a strength that docs/phantom.md lists; that of MGMT is weak on "
+    "purpose, as careful studies of real exams find it.",
     "Pretrained and untrained are the same network with the same fine-tuning. A gain over untrained is not yet "
     "evidence for pretraining: a network trained on shuffled voxels can show one too.",
 )

@@ -86,7 +86,7 @@ def prepare_exam(
         tumour: Tumour mask, if there is one.
 
     Raises:
-        UnusableExam: There is no brain in it, or the sequences do not overlap.
+        UnusableExam: There is no brain in it, or too little of one.
     """
     subjects = {name: _canonical(volume) for name, volume in images.items()}
     grid = _reference_grid(subjects, how.spacing_mm)

@@ -59,7 +59,7 @@ class FineTune(pl.LightningModule):
         model_name: str = "pretrained",
     ) -> None:
         super().__init__()
-        self.encoder, self.head, self.max_tokens, self.frozen = encoder, head, max_tokens, frozen
+        self.encoder, self.head, self.max_tokens = encoder, head, max_tokens
         self.layer_decay, self.model_name = layer_decay, model_name
         self.augmentation = augmentation or Augmentation(curve=0.2, bias=0.05, scale=0.05)
         self.guard = Guard(gradient_clip)
