@@ -14,7 +14,7 @@ FIT = ("fit", "pretrain/umbif_tiny")
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ([*FIT, "model.num_visibel=3"], ["model.num_visibel", "num_visible"]),
+        ([*FIT, "model.num_visibel=3"], ["model.num_visibel", "Did you mean model.masking.num_visible?"]),
         ([*FIT, "trainer.max_steps=many"], ["trainer.max_steps", "'many'"]),
         ([*FIT, "model.encoder.detph=2", "trainer.max_stps=3"], ["2 problems", "Did you mean depth?", "max_steps"]),
         (["fit", "pretrain/umbif_tini"], ["pretrain/umbif_tini", "Did you mean pretrain/umbif_tiny?"]),
@@ -89,7 +89,7 @@ def test_a_recipe_that_cannot_start_does_not_claim_its_folder(
     wrong = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", "model.encoder.patch_mm=8"]
     code, _, err = run([*FIT, *wrong], monkeypatch, capsys)
     assert code == 2
-    assert "8 voxels of 2 mm, which are 16 mm" in err
+    assert "the encoder is made for voxels of 1 mm: got 2 mm" in err
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 

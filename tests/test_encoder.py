@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 from safetensors import SafetensorError
 
 from umbif.encoders.optimise import WarmupCosine, adamw
-from umbif.encoders.vit import MillimetrePosition, ViT3D, masked_mean
+from umbif.encoders.position import MillimetrePosition
+from umbif.encoders.transformer import Block, key_mask, masked_mean
+from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, WEIGHTS, load_encoder_weights, save_encoder
 from umbif.errors import UsageError
+from umbif.pretrain.decoder import DecoderShape, JointDecoder
 from umbif.stream.exams import Exams, WholeBrainDataset, collate
 from umbif.stream.patches import Patches, choose, gather, patch_grid
 
@@ -21,34 +25,34 @@ SMALL = {"patch_size": 8, "patch_mm": 16.0, "embed_dim": 48, "depth": 2, "num_he
 
 
 def test_invalid_tokens_change_nothing(encoder, patches):
-    tokens, pooled = encoder(patches)
+    tokens, _, pooled = encoder(patches)
     more = {name: torch.cat([t, 1000 * torch.ones_like(t[:, :5])], 1) for name, t in numbers(patches).items()}
     nothing = torch.zeros(len(pooled), 5, dtype=torch.bool)
     ids = {name: torch.cat([t, t[:, :5]], 1) for name, t in (("sequence", patches.sequence), ("entry", patches.entry))}
     padded = Patches(**more, **ids, valid=torch.cat([patches.valid, nothing], 1))
-    tokens_padded, pooled_padded = encoder(padded)
+    tokens_padded, _, pooled_padded = encoder(padded)
     assert torch.allclose(tokens_padded[:, :-5][patches.valid], tokens[patches.valid], atol=1e-5)
     assert torch.allclose(pooled_padded, pooled, atol=1e-5)
 
 
 def test_the_order_of_tokens_does_not_matter(encoder, patches):
-    tokens, pooled = encoder(patches)
+    tokens, _, pooled = encoder(patches)
     order = torch.randperm(tokens.shape[1], generator=torch.Generator().manual_seed(0))
     shuffled = Patches(**{name: getattr(patches, name)[:, order] for name in vars(patches)})
-    tokens_shuffled, pooled_shuffled = encoder(shuffled)
+    tokens_shuffled, _, pooled_shuffled = encoder(shuffled)
     assert torch.allclose(tokens_shuffled[shuffled.valid], tokens[:, order][shuffled.valid], atol=1e-5)
     assert torch.allclose(pooled_shuffled, pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["voxels", "position_mm", "sequence"])
 def test_what_a_token_shows_where_and_in_which_sequence_does_matter(encoder, patches, change):
-    _, pooled = encoder(patches)
+    pooled = encoder(patches)[2]
     other = (patches.sequence + 1) % 8 if change == "sequence" else getattr(patches, change) + 5.0
-    assert (encoder(replace(patches, **{change: other}))[1] - pooled).abs().max() > 1e-3
+    assert (encoder(replace(patches, **{change: other}))[2] - pooled).abs().max() > 1e-3
 
 
 def test_the_pooled_output_is_the_mean_of_the_valid_tokens(encoder, patches):
-    tokens, pooled = encoder(patches)
+    tokens, _, pooled = encoder(patches)
     for row in range(len(pooled)):
         assert torch.allclose(pooled[row], tokens[row, patches.valid[row]].mean(0), atol=1e-6)
     assert torch.equal(masked_mean(tokens, torch.zeros_like(patches.valid)), torch.zeros_like(pooled))
@@ -81,7 +85,7 @@ def test_a_budget_takes_the_patches_with_the_smallest_scores(corpus, encoder):
     padded = exams.padded(8)
     grid = patch_grid(padded, 8)
     best = torch.where(grid.available, scores, 9.0).topk(5, largest=False).indices
-    assert torch.allclose(encoder(gather(padded, grid, best, valid))[1], pooled, atol=1e-5)
+    assert torch.allclose(encoder(gather(padded, grid, best, valid))[2], pooled, atol=1e-5)
 
 
 def test_positions_tell_neighbouring_patches_apart_and_do_not_repeat():
@@ -100,6 +104,69 @@ def test_every_width_that_the_heads_divide_works(corpus):
         assert ViT3D(**{**SMALL, "embed_dim": width}).forward_features(exams)[2].shape == (1, width)
 
 
+def test_rotary_attention_depends_on_how_far_patches_lie_apart_only(patches):
+    """Moved together they give the same tokens; with added sines they do not."""
+    moved = replace(patches, position_mm=patches.position_mm + torch.tensor([32.0, -16.0, 8.0]))
+    apart = {}
+    for position in ("rotary", "sincos"):
+        torch.manual_seed(0)
+        encoder = ViT3D(**{**SMALL, "num_registers": 0}, position=position).eval()
+        apart[position] = float((encoder(moved)[2] - encoder(patches)[2]).abs().max())
+        turned = replace(patches, position_mm=patches.position_mm.flip(1))
+        assert (encoder(turned)[2] - encoder(patches)[2]).abs().max() > 1e-4  # the layout matters to both
+    assert apart["rotary"] < 1e-5
+    assert apart["sincos"] > 1e-3
+
+
+def test_layer_scale_starts_near_the_identity(patches):
+    x = torch.randn(2, 5, 48)
+    assert (Block(48, 4, layer_scale=1e-6)(x) - x).abs().max() < 1e-4
+    assert (Block(48, 4)(x) - x).abs().max() > 1e-2
+
+
+def test_a_dropped_branch_leaves_the_exam_as_it_is_and_evaluation_drops_nothing():
+    torch.manual_seed(0)
+    block, x = Block(48, 4, drop_path=0.5), torch.randn(64, 5, 48)
+    same = (block(x) == x).flatten(1).all(1).float().mean()
+    assert 0.1 < same < 0.45  # both branches of a quarter of them
+    expected = Block(48, 4)
+    expected.load_state_dict(block.state_dict())
+    assert torch.equal(block.eval()(x), expected.eval()(x))
+    depths = [b.drop_path for b in ViT3D(**{**SMALL, "depth": 5}, drop_path=0.2).blocks]
+    assert depths == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(patches):
+    gradients, kept = [], []
+    for twice in (False, True):
+        torch.manual_seed(0)
+        encoder = ViT3D(**SMALL, activation_checkpointing=twice, drop_path=0.3)
+        torch.manual_seed(1)
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            encoder(patches)[2].sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_attention_to_nothing_is_defined():
+    valid = torch.tensor([[True, False], [False, False]])
+    assert key_mask(valid)[:, 0, 0].tolist() == [[True, False], [True, True]]
+    assert key_mask(valid, 1)[:, 0, 0].tolist() == [[True, True, False], [True, False, False]]
+    assert key_mask(torch.ones(2, 3, dtype=torch.bool)) is None
+
+
+def test_heads_that_cannot_share_the_width_are_refused():
+    with pytest.raises(UsageError, match=r"5 heads cannot share a width of 48\. The nearest width is 50"):
+        ViT3D(**{**SMALL, "num_heads": 5})
+
+
 def test_an_encoder_comes_back_from_its_folder(encoder, patches, tmp_path):
     save_encoder(encoder, tmp_path / "run" / "encoder", {"steps": 7, "preparation": {"spacing_mm": 2.0}})
     config = json.loads((tmp_path / "run" / "encoder" / CONFIG).read_text())
@@ -107,7 +174,7 @@ def test_an_encoder_comes_back_from_its_folder(encoder, patches, tmp_path):
     assert config["steps"] == 7
     for path in (tmp_path / "run", tmp_path / "run" / "encoder"):
         again = ViT3D(**config["init_args"], weights=str(path))
-        assert torch.equal(again(patches)[1], encoder(patches)[1])
+        assert torch.equal(again(patches)[2], encoder(patches)[2])
 
 
 def test_weights_of_another_shape_are_refused_and_every_difference_named(encoder, tmp_path):
@@ -152,14 +219,17 @@ def test_layer_groups_hold_every_parameter_once(encoder):
         assert sum(name.startswith(prefix) for group in groups for prefix in group) == 1, name
 
 
-def test_weight_decay_spares_norms_biases_and_embeddings(encoder):
+def test_weight_decay_spares_norms_biases_and_embeddings():
     options = {"lr": 0.1, "weight_decay": 0.05, "betas": (0.9, 0.95), "warmup_steps": 0, "max_steps": 10}
-    made = adamw([*encoder.named_parameters()], without=encoder.no_weight_decay(), **options)
-    names = {id(p): name for name, p in encoder.named_parameters()}
+    encoder = ViT3D(**SMALL, layer_scale=0.1)
+    decoder = JointDecoder(encoder, DecoderShape("joint", 48, 1, 4))
+    module = torch.nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    made = adamw(module, **options)
+    names = {id(p): name for name, p in module.named_parameters()}
     decay = {names[id(p)]: g["weight_decay"] for g in made["optimizer"].param_groups for p in g["params"]}
-    tables = ("sequence.weight", "gain.weight")
-    matrices = {n for n in decay if n.endswith("weight") and "norm" not in n and n not in tables}
-    assert decay == {name: 0.05 if name in matrices else 0.0 for name in names.values()}
+    matrix = r".*(embed|qkv|proj|mlp\.\d|memory|predict)\.weight"
+    assert decay == {name: 0.05 if re.fullmatch(matrix, name) else 0.0 for name in names.values()}
+    assert len(decay) > 50
 
 
 def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():

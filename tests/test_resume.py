@@ -48,7 +48,7 @@ def start(corpus: Path, run: Path) -> "subprocess.Popen[bytes]":
     overrides = [
         f"data.corpus={corpus}", f"run.dir={run}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1",
         "callbacks.checkpoint.every_n_steps=2", "data.global_batch_size=4", "data.crop_size=[16,16,16]",
-        "data.num_workers=0", "data.num_val_exams=0", "model.num_visible=8", "model.num_targets=8",
+        "data.num_workers=0", "data.num_val_exams=0", "model.masking.num_visible=8", "model.masking.num_targets=8",
         "trainer.accumulate_grad_batches=2",
     ]  # fmt: skip
     command = [sys.executable, "-m", "umbif", "fit", "pretrain/umbif_tiny", *overrides]

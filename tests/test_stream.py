@@ -8,7 +8,7 @@ import torch
 
 from umbif.corpus.shards import Corpus
 from umbif.errors import UsageError
-from umbif.pretrain.masking import COLUMNS, PLACES, TOKENS, draw_masking
+from umbif.pretrain.masking import COLUMNS, PLACES, TOKENS, Masking
 from umbif.stream.augment import BIAS, CURVE, FLIP, SCALE, Augmentation
 from umbif.stream.exams import SEQUENCES, CropDataset, Exams, WholeBrainDataset, collate, person_codes, read_view
 from umbif.stream.modules import Position, PretrainData, SlotBatches, data_loader, exams_of_split
@@ -213,7 +213,7 @@ def test_masks_are_drawn_from_brain_and_never_overlap(batch):
     count = grid.available.sum(1)
     for slot in range(0, 200, 8):
         exams = replace(batch, slot=batch.slot + slot)
-        drawn = draw_masking(exams, grid, num_visible=30, num_targets=20, column_share=0.25)
+        drawn = Masking(num_visible=30, num_targets=20).draw(exams, grid)
         visible, target = flags(grid, drawn.visible, drawn.visible_valid), flags(grid, drawn.target, drawn.target_valid)
         assert not (visible & ~grid.available).any()
         assert not (target & ~grid.available).any()
@@ -225,10 +225,30 @@ def test_masks_are_drawn_from_brain_and_never_overlap(batch):
 @pytest.mark.parametrize("num_visible", [1, 1000])
 def test_never_more_than_half_of_an_exam_is_visible(batch, num_visible):
     grid = patch_grid(batch, PATCH)
-    drawn = draw_masking(batch, grid, num_visible=num_visible, num_targets=1000, column_share=0.25)
+    drawn = Masking(num_visible=num_visible, num_targets=None).draw(batch, grid)
     visible, available = drawn.visible_valid.sum(1), grid.available.sum(1)
     assert torch.equal(visible, torch.minimum((available + 1) // 2, torch.tensor(num_visible)))
     assert torch.equal(drawn.target_valid.sum(1), available - visible)
+
+
+@pytest.mark.parametrize(("share", "budget"), [(0.5, None), (0.3, 9), (1.0, None)])
+def test_a_share_of_what_is_hidden_is_asked_for(batch, share, budget):
+    grid = patch_grid(batch, PATCH)
+    drawn = Masking(num_visible=12, num_targets=budget, decoded_share=share).draw(batch, grid)
+    hidden = grid.available.sum(1) - drawn.visible_valid.sum(1)
+    expected = (hidden * share).ceil().long().clamp_max(budget or 10**6)
+    assert torch.equal(drawn.target_valid.sum(1), expected)
+
+
+def test_without_columns_no_place_is_kept_hidden(batch):
+    """The switch of the measure: at 0, a place that is hidden in one sequence may be seen in another."""
+    grid = patch_grid(batch, PATCH)
+    seen = {}
+    for share in (0.0, 0.9):
+        drawn = Masking(num_visible=1000, column_share=share).draw(batch, grid)
+        visible = flags(grid, drawn.visible, drawn.visible_valid).view(len(batch), batch.present.shape[1], -1)
+        seen[share] = int(visible.any(1).sum())
+    assert seen[0.0] > seen[0.9]
 
 
 def test_a_hidden_column_is_asked_for_in_every_sequence(batch):
@@ -237,7 +257,7 @@ def test_a_hidden_column_is_asked_for_in_every_sequence(batch):
     num_columns = 0
     for slot in range(0, 80, 8):
         exams = replace(batch, slot=batch.slot + slot)
-        drawn = draw_masking(exams, grid, num_visible=12, num_targets=60, column_share=0.25)
+        drawn = Masking(num_visible=12, num_targets=60).draw(exams, grid)
         column = uniform(exams.seed, exams.slot, exams.view, COLUMNS, N) < 0.25
         visible = flags(grid, drawn.visible, drawn.visible_valid).view(-1, S, N)
         target = flags(grid, drawn.target, drawn.target_valid).view(-1, S, N)
@@ -252,9 +272,9 @@ def test_a_hidden_column_is_asked_for_in_every_sequence(batch):
 
 def test_masks_are_the_same_for_every_share_of_the_batch(batch):
     alone = rows_of(batch, slice(2, 4))
-    budgets = {"num_visible": 12, "num_targets": 12, "column_share": 0.25}
-    whole = draw_masking(batch, patch_grid(batch, PATCH), **budgets)
-    part = draw_masking(alone, patch_grid(alone, PATCH), **budgets)
+    masking = Masking(num_visible=12, num_targets=12)
+    whole = masking.draw(batch, patch_grid(batch, PATCH))
+    part = masking.draw(alone, patch_grid(alone, PATCH))
     for name in ("visible", "visible_valid", "target", "target_valid"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[2:4])
 

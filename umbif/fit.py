@@ -10,16 +10,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from umbif.encoders.weights import CONFIG
-from umbif.errors import Problem, UsageError
+from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import is_leader
+from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
 from umbif.recipe_check import Built, build, check
 from umbif.run import open_run, write_provenance
-from umbif.scale.callbacks import Throughput, TrainingProgress
+from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
+from umbif.scale.throughput import Throughput
 from umbif.stream.modules import SlotCounter
 
 log = logging.getLogger("umbif")
@@ -48,9 +50,9 @@ def fit(recipe: Recipe) -> Path:
 
 
 def finished_steps(folder: Path) -> int:
-    """The steps after which a run's encoder was exported; 0 for a run that has not ended."""
+    """The steps after which a run's encoder was exported; -1 for a run that has not ended."""
     config = folder / "encoder" / CONFIG
-    return int(json.loads(config.read_text()).get("steps", 0)) if config.exists() else 0
+    return int(json.loads(config.read_text()).get("steps", 0)) if config.exists() else -1
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
@@ -66,28 +68,46 @@ def _train(recipe: Recipe, folder: Path) -> None:
     if resume is not None:
         console.print(f"Going on from step {step_of(resume)} of {folder}")
     log.info("training starts at step %s", step_of(resume) if resume else 0)
-    trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
-    built.model.export(folder, recipe.tree)
+    if trainer.max_steps:  # a comparator that takes no step needs no exam
+        _fit(trainer, built, resume)
+    built.model.export(folder, built.data, trainer)
+    if is_leader() and has_page(folder):
+        write_run_page(folder)
     log.info("finished at step %s", trainer.global_step)
 
 
+def _fit(trainer: pl.Trainer, built: Built, resume: Path | None) -> None:
+    try:
+        trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        cure = "Most often the memory ran out: lower data.num_workers or data.global_batch_size"
+        raise UmbifError(f"A reading process was killed ({_last_line(error)}). {cure}.") from error
+
+
+def _last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
 def check_scale(built: Built) -> None:
-    """Refuses an encoder for another voxel size: its positions would be wrong without a word.
+    """Refuses an encoder for another voxel size, where positions and shapes would be wrong without a word.
 
     Raises:
-        UsageError: The patches of the encoder and the voxels of the corpus do not fit.
+        UsageError: The encoder and the voxels of the corpus do not fit, or a crop is smaller than a patch.
     """
-    encoder, spacing_mm = built.model.encoder.config, built.data.corpus.spacing_mm
-    patch_mm = encoder["patch_size"] * spacing_mm
-    if abs(patch_mm - encoder["patch_mm"]) > 1e-3:
-        raise UsageError(
-            Problem(
-                f"the encoder is made for patches of {encoder['patch_mm']:g} mm",
-                f"{encoder['patch_size']} voxels of {spacing_mm:g} mm, which are {patch_mm:g} mm",
-                f"Take a recipe for {spacing_mm:g} mm (umbif ls), or prepare the corpus at "
-                f"{encoder['patch_mm'] / encoder['patch_size']:g} mm",
-            )
+    encoder, spacing_mm = built.model.encoder, built.data.corpus.spacing_mm
+    problems = []
+    if abs(encoder.voxel_mm - spacing_mm) > 1e-3:
+        cure = f"Take a recipe for {spacing_mm:g} mm (umbif ls), or prepare the corpus at {encoder.voxel_mm:g} mm"
+        problems.append(
+            Problem(f"the encoder is made for voxels of {encoder.voxel_mm:g} mm", f"{spacing_mm:g} mm", cure)
         )
+    crop, patch = getattr(built.data, "crop_size", None), getattr(encoder, "patch_size", 1)
+    if crop is not None and min(crop) < patch:
+        problems.append(Problem(f"data.crop_size must hold a patch of {patch} voxels along each side", f"{list(crop)}"))
+    if problems:
+        raise UsageError(problems, str(built.data.corpus.folder))
 
 
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from umbif import __version__
@@ -13,6 +15,24 @@ LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blos
 def num_cores() -> int:
     """Cores that this process may use, which on a cluster is fewer than the node has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that this process and its siblings may still take: of the machine, or of its control group if less."""
+    free = [_number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB", 1024)]
+    limit = _number(Path("/sys/fs/cgroup/memory.max"), r"(\d+)", 1)
+    used = _number(Path("/sys/fs/cgroup/memory.current"), r"(\d+)", 1)
+    if limit is not None and used is not None:
+        free.append(max(0, limit - used))
+    return min((number for number in free if number is not None), default=None)
+
+
+def _number(path: Path, pattern: str, unit: int) -> int | None:
+    try:
+        found = re.search(pattern, path.read_text())
+    except OSError:
+        return None
+    return int(found[1]) * unit if found else None
 
 
 def is_leader() -> bool:

@@ -8,6 +8,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,7 @@ def _check_arguments(
     for name, value in arguments.items():
         dotted = _dot(key, name)
         if name not in names:
-            problems.append(_unknown(dotted, name, names))
+            problems.append(_unknown_or_deeper(parser, key, name, names))
         else:
             problems += _check_nested(value, dotted) or _check_type(parser, (name,), value, dotted)
     absent = [_dot(key, name) for name in _required(_error(parser, {})) if name.split(".")[0] not in arguments]
@@ -272,6 +273,14 @@ def _required_problem(key: str) -> Problem:
 
 def _unknown(key: str, name: str, valid: Collection[str]) -> Problem:
     return Problem(f"unknown key {key}", cure=nearest(name, valid))
+
+
+def _unknown_or_deeper(parser: "ArgumentParser", key: str, name: str, valid: Collection[str]) -> Problem:
+    """The nearest name may stand a level deeper: model.num_visible is model.masking.num_visible."""
+    deeper = {action.dest.rpartition(".")[2]: action.dest for action in parser._actions if "." in action.dest}
+    close = [] if get_close_matches(name, valid) else get_close_matches(name, deeper, n=1)
+    hint = f"Did you mean {_dot(key, deeper[close[0]])}?" if close else nearest(name, valid)
+    return Problem(f"unknown key {_dot(key, name)}", cure=hint)
 
 
 def _wrong_type(error: str, key: str, value: Any) -> Problem:

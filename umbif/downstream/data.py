@@ -50,7 +50,7 @@ class TaskData(pl.LightningDataModule):
         """This rank's share of every global batch, endless."""
         rank, world_size = place(self.trainer)
         batches = SlotBatches(self.position.next_slot, self.global_batch_size, rank, world_size)
-        return data_loader(self.dataset("train", self.position.seed), batches, self.num_workers)
+        return data_loader(self.dataset("train", self.position.seed), batches, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Exams]:
         """Each validation exam once."""

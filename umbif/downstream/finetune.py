@@ -15,7 +15,9 @@ from torchmetrics.classification import BinaryAUROC
 
 from umbif.downstream.data import TaskData
 from umbif.downstream.heads import ExtremesHead
-from umbif.encoders.optimise import Guard, adamw
+from umbif.encoders.cnn import CNN3D
+from umbif.encoders.guard import Guard
+from umbif.encoders.optimise import adamw
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
 from umbif.stream.augment import Augmentation
@@ -45,7 +47,7 @@ class FineTune(pl.LightningModule):
 
     def __init__(
         self,
-        encoder: ViT3D,
+        encoder: ViT3D | CNN3D,
         head: ExtremesHead,
         max_tokens: int | None = None,
         frozen: bool = False,
@@ -124,11 +126,10 @@ class FineTune(pl.LightningModule):
         features = torch.cat([features for features, _ in parts]).float().cpu()
         self.head.start_from(features, y.cpu().numpy().astype(np.int64), person.cpu().numpy())
 
-    def export(self, folder: Path, recipe: dict[str, Any]) -> None:
+    def export(self, folder: Path, data: TaskData, trainer: pl.Trainer) -> None:
         """Writes predictions.parquet, `encoder/` and the head."""
-        data: TaskData = self.trainer.datamodule
-        table = predictions(self.trainer, self, data)
-        if not self.trainer.is_global_zero:
+        table = predictions(trainer, self, data)
+        if not trainer.is_global_zero:
             return
         write_predictions(table, folder)
         threshold = float(table["threshold"].iloc[0])
@@ -136,7 +137,15 @@ class FineTune(pl.LightningModule):
         about |= {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         save_file(head, folder / "head.safetensors")
-        save_encoder(self.encoder, folder / "encoder", {"steps": self.global_step, **about})
+        save_encoder(self.encoder, folder / "encoder", {"steps": trainer.global_step, **about})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the guard has seen decides about later steps."""
+        checkpoint["guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `on_save_checkpoint`."""
+        self.guard.load_state_dict(checkpoint["guard"])
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """See `Guard`."""
@@ -149,8 +158,7 @@ class FineTune(pl.LightningModule):
         for name, _ in self.encoder.named_parameters():
             layer = next(i for i, prefixes in enumerate(groups) if any(name.startswith(p) for p in prefixes))
             factors[f"encoder.{name}"] = self.layer_decay ** (len(groups) - layer)
-        spared = self.encoder.no_weight_decay()
-        return adamw([*self.named_parameters()], without=spared, lr_factor=factors, **self.optimisation)
+        return adamw(self, lr_factor=factors, **self.optimisation)
 
 
 def predictions(trainer: pl.Trainer, module: FineTune, data: TaskData) -> pd.DataFrame:

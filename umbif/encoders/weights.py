@@ -1,16 +1,35 @@
-"""Encoders on disk: `model.safetensors`, and a `config.json` that says what they are and how exams were prepared."""
+"""Encoders on disk: `model.safetensors`, and a `config.json` that says what they are and how exams were prepared.
 
+Files of other programs are read here too, and only as data; `layouts` knows their names.
+"""
+
+import argparse
 import json
+import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from umbif.encoders.layouts import LoadReport, load_foreign
 from umbif.errors import Problem, UsageError
+from umbif.machine import is_leader
+from umbif.progress import console
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # where checkpoints keep the tensors
+CONVERT = """
+python -c '
+import sys, torch; from safetensors.torch import save_file
+d = torch.load(sys.argv[1], map_location="cpu", weights_only=False); d = d.get("state_dict", d.get("model", d))
+save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])
+' FILE NEW.safetensors"""
 
 
 class Encoder(Protocol):
@@ -33,6 +52,8 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
     save_file(tensors, aside)
     class_path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
     config = {"class_path": class_path, "init_args": encoder.config, **about}
+    if loaded := getattr(encoder, "loaded", None):
+        config["started_from"] = {**loaded, "source": Path(loaded["source"]).name}  # a path may name people
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
     aside.replace(folder / WEIGHTS)
 
@@ -51,7 +72,7 @@ def encoder_folder(path: str | Path) -> Path:
         Problem(
             "model.encoder.weights names no encoder",
             str(path),
-            "Give a finished run (runs/NAME) or a folder with model.safetensors and config.json",
+            "Give a finished run (runs/NAME), a folder with model.safetensors and config.json, or a file of weights",
         )
     )
 
@@ -62,13 +83,34 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_encoder_weights(encoder: Encoder, path: str | Path) -> None:
-    """Loads weights into an encoder of the same configuration, every tensor or none.
+def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
+    """Loads weights, every tensor or none: of a run or folder of ours with the same config, or of a public file.
+
+    What was loaded is kept as `encoder.loaded`.
 
     Raises:
-        UsageError: The configurations differ (each difference is named), or the file is damaged.
+        UsageError: They do not fit (each difference is named), or the file is damaged.
     """
-    folder = encoder_folder(path)
+    file = _foreign_file(Path(path))
+    if file is None:
+        report = _load_ours(encoder, encoder_folder(path))
+    else:
+        report = load_foreign(encoder, read_tensors(file), file)
+        if is_leader():
+            console.print(str(report), markup=False)
+    setattr(encoder, "loaded", report.as_dict())  # noqa: B010 - an encoder need not declare it
+    return report
+
+
+def _foreign_file(path: Path) -> Path | None:
+    """The file of another program that is meant; in a folder of Hugging Face's, it has the name that ours has."""
+    if path.is_file() or (path.suffix in SUFFIXES and not path.is_dir()):
+        return path
+    theirs = (path / WEIGHTS).is_file() and (path / CONFIG).is_file() and "init_args" not in read_config(path)
+    return path / WEIGHTS if theirs else None
+
+
+def _load_ours(encoder: Encoder, folder: Path) -> LoadReport:
     theirs, ours = read_config(folder)["init_args"], encoder.config
     differing = [
         Problem(f"model.encoder.{key}={ours.get(key)}, but the weights have {theirs.get(key)}")
@@ -78,6 +120,52 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> None:
     if differing:
         raise UsageError(differing, f"the weights of {folder}")
     try:
-        encoder.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+        tensors = load_file(folder / WEIGHTS)
+        encoder.load_state_dict(tensors, strict=True)
     except SafetensorError as error:
         raise UsageError(Problem(f"{folder / WEIGHTS} is damaged", str(error), "Copy or export it again")) from error
+    return LoadReport(str(folder), "umbif", sorted(tensors))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, without a wrapper; nothing in the file is ever run.
+
+    Raises:
+        UsageError: There is no such file, it is damaged, or only code could read it.
+    """
+    if not path.is_file():
+        raise UsageError(Problem("model.encoder.weights names no file", str(path), "Give a run, a folder or a file"))
+    if path.suffix not in SUFFIXES:
+        raise UsageError(Problem(f"{path} is of no known kind", path.suffix, f"Known: {', '.join(SUFFIXES)}"))
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
+    except SafetensorError as error:
+        raise UsageError(Problem(f"{path} is damaged", str(error), "Fetch it again")) from error
+    outer = content if isinstance(content, dict) else {}
+    for inner in [*(outer.get(key) for key in WRAPPERS), outer]:
+        items = inner.items() if isinstance(inner, dict) else ()
+        if tensors := {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}:
+            return tensors
+    got = ", ".join(map(str, outer)) or type(content).__name__
+    cure = f"They must stand at the top or under one of {', '.join(WRAPPERS)}"
+    raise UsageError(Problem(f"{path} holds no tensors by name", got, cure))
+
+
+def _unpickled(path: Path) -> Any:
+    """A file of torch.save; a Namespace, which MAE's checkpoints hold, is plain data."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise UsageError(Problem(f"{path} cannot be read", str(error))) from error
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise UsageError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> Problem:
+    wanted = re.search(r"GLOBAL (\S+)", str(error))
+    if "TorchScript" not in str(error) and not (isinstance(error, pickle.UnpicklingError) and wanted):
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return Problem(f"{path} is damaged or was not written by torch.save", first[:200], "Fetch it again")
+    cure = f"Code could do anything, so it is not run. If you trust who made the file, convert it once:{CONVERT}"
+    return Problem(f"{path} cannot be read without running code", wanted[1] if wanted else "TorchScript", cure)

@@ -1,15 +1,20 @@
-"""Transformer decoder by cross-attention to the visible tokens (CrossMAE: Fu et al. 2024, arXiv:2401.14391).
+"""Transformer decoders: from the tokens of what was seen to the voxels of what was hidden.
 
-A hidden patch is asked for by its place and its sequence; the answers do not see each other, so any subset of the
-hidden patches can be decoded at a cost in proportion.
+`CrossDecoder` asks for each hidden patch alone (CrossMAE: Fu et al. 2024, arXiv:2401.14391), so that any subset of them
+costs in proportion. `JointDecoder` lets all patches see each other (He et al. 2022, arXiv:2111.06377).
 Shapes: B exams × views, V visible tokens, T targets, E encoder width, D decoder width, P voxels of a patch.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from umbif.encoders.vit import MillimetrePosition, initialise, key_mask, mlp
+from umbif.encoders.position import MillimetrePosition
+from umbif.encoders.transformer import Block, initialise, key_mask, mlp, norm
+from umbif.encoders.vit import ViT3D, check_heads
 from umbif.stream.exams import SEQUENCES
 from umbif.stream.patches import Patches
 
@@ -17,48 +22,125 @@ SEQUENCE_STD = 0.2  # smaller than a sine: one place in two sequences is nearer 
 SHARPNESS = 2.0  # of the first attention: about two thirds of it fall on the asked place, where that is visible
 
 
-class CrossDecoder(nn.Module):
-    """Predicts the voxels of hidden patches.
+@dataclass(frozen=True)
+class DecoderShape:
+    """Which decoder, and how large.
 
     Args:
-        encoder_dim: E.
-        patch_size: Voxels along an edge of a patch.
-        patch_mm: Edge of a patch in millimetres.
+        kind: `cross` or `joint`.
         width: D; a multiple of `num_heads`.
         depth: Blocks.
         num_heads: Attention heads.
     """
 
-    def __init__(
-        self, encoder_dim: int, patch_size: int, patch_mm: float, width: int, depth: int, num_heads: int
-    ) -> None:
+    kind: Literal["cross", "joint"] = "cross"
+    width: int = 512
+    depth: int = 8
+    num_heads: int = 8
+
+
+def build_decoder(encoder: ViT3D, shape: DecoderShape) -> "CrossDecoder | JointDecoder":
+    """The decoder of an encoder's tokens.
+
+    Raises:
+        UsageError: The heads cannot share the width.
+    """
+    check_heads("model.decoder", shape.width, shape.num_heads)
+    return CrossDecoder(encoder, shape) if shape.kind == "cross" else JointDecoder(encoder, shape)
+
+
+class CrossDecoder(nn.Module):
+    """Predicts the voxels of hidden patches, each by its own look at the visible tokens.
+
+    Args:
+        encoder: Whose tokens these are.
+        shape: Width, depth and heads.
+    """
+
+    def __init__(self, encoder: ViT3D, shape: DecoderShape) -> None:
         super().__init__()
-        self.memory = nn.Sequential(nn.Linear(encoder_dim, width), nn.LayerNorm(width))
-        self.position = MillimetrePosition(width, patch_mm)
-        self.sequence = nn.Embedding(len(SEQUENCES), width)
-        self.place_norm = nn.LayerNorm(width)
-        blocks = [CrossBlock(width, num_heads) for _ in range(depth)]
+        self.memory = nn.Sequential(nn.Linear(encoder.embed_dim, shape.width), norm(shape.width))
+        self.place = Place(shape.width, encoder.config["patch_mm"])
+        blocks = [CrossBlock(shape.width, shape.num_heads) for _ in range(shape.depth)]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(width)
-        self.gain = nn.Embedding(len(SEQUENCES), width)
-        self.predict = nn.Linear(width, patch_size**3)
+        self.head = VoxelHead(shape.width, encoder.patch_size**3)
         self.apply(initialise)
-        nn.init.normal_(self.sequence.weight, std=SEQUENCE_STD)
-        nn.init.normal_(self.gain.weight)
         for block in blocks:
             block.look_near()
 
     def forward(self, tokens: Tensor, visible: Patches, target: Patches) -> Tensor:
         """Tokens (B, V, E) of the visible patches, to the voxels (B, T, P) of the targets."""
-        memory, place = self.memory(tokens), self._place(visible)
+        memory, place = self.memory(tokens), self.place(visible)
         mask = key_mask(visible.valid)
-        x = self._place(target)
+        x = self.place(target)
         for block in self.blocks:
             x = block(x, memory, place, mask)
-        return self.predict(self.norm(x) * self.gain(target.sequence))
+        return self.head(x, target.sequence)
 
-    def _place(self, patches: Patches) -> Tensor:
-        return self.place_norm(self.position(patches.position_mm) + self.sequence(patches.sequence))
+    def no_weight_decay(self) -> set[str]:
+        """See `ViT3D.no_weight_decay`."""
+        return {"place.sequence.weight", "head.gain.weight"}
+
+
+class JointDecoder(nn.Module):
+    """Predicts the voxels of hidden patches together: self-attention over visible tokens and mask tokens.
+
+    Args:
+        encoder: Whose tokens these are.
+        shape: Width, depth and heads.
+    """
+
+    def __init__(self, encoder: ViT3D, shape: DecoderShape) -> None:
+        super().__init__()
+        self.memory = nn.Linear(encoder.embed_dim, shape.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+        self.place = Place(shape.width, encoder.config["patch_mm"])
+        self.blocks = nn.ModuleList(Block(shape.width, shape.num_heads) for _ in range(shape.depth))
+        self.head = VoxelHead(shape.width, encoder.patch_size**3)
+        self.apply(initialise)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, visible: Patches, target: Patches) -> Tensor:
+        """Tokens (B, V, E) of the visible patches, to the voxels (B, T, P) of the targets."""
+        x = torch.cat([self.memory(tokens) + self.place(visible), self.mask_token + self.place(target)], dim=1)
+        mask = key_mask(torch.cat([visible.valid, target.valid], dim=1))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.head(x[:, tokens.shape[1] :], target.sequence)
+
+    def no_weight_decay(self) -> set[str]:
+        """See `ViT3D.no_weight_decay`."""
+        return {"mask_token", "place.sequence.weight", "head.gain.weight"}
+
+
+class Place(nn.Module):
+    """Where a patch lies and of which sequence it is: (B, N, D)."""
+
+    def __init__(self, width: int, patch_mm: float) -> None:
+        super().__init__()
+        self.position = MillimetrePosition(width, patch_mm)
+        self.sequence = nn.Embedding(len(SEQUENCES), width)
+        self.norm = norm(width)
+        nn.init.normal_(self.sequence.weight, std=SEQUENCE_STD)
+
+    def forward(self, patches: Patches) -> Tensor:
+        """Of each patch."""
+        return self.norm(self.position(patches.position_mm) + self.sequence(patches.sequence))
+
+
+class VoxelHead(nn.Module):
+    """From a token to voxels, with a gain of its sequence: bright in one sequence is dark in another."""
+
+    def __init__(self, width: int, num_voxels: int) -> None:
+        super().__init__()
+        self.norm = norm(width)
+        self.gain = nn.Embedding(len(SEQUENCES), width)
+        self.predict = nn.Linear(width, num_voxels)
+        nn.init.normal_(self.gain.weight)
+
+    def forward(self, x: Tensor, sequence: Tensor) -> Tensor:
+        """(B, T, D) and (B, T) to (B, T, P)."""
+        return self.predict(self.norm(x) * self.gain(sequence))
 
 
 class CrossBlock(nn.Module):
@@ -67,7 +149,7 @@ class CrossBlock(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = norm(width), norm(width)
         self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(3))
         self.key = nn.Linear(2 * width, width)
         self.mlp = mlp(width, 4.0)
@@ -95,9 +177,3 @@ class CrossBlock(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         return x.view(B, N, self.num_heads, D // self.num_heads).transpose(1, 2)
-
-
-def normalised(voxels: Tensor) -> Tensor:
-    """Each patch to mean 0 and variance 1: the target of He et al. 2022, section 4.1."""
-    variance, mean = torch.var_mean(voxels.float(), dim=-1, keepdim=True)
-    return (voxels - mean) / (variance + 1e-6).sqrt()

@@ -1,88 +1,127 @@
 """The two losses: mean squared error of hidden patches, and InfoNCE (van den Oord et al. 2018, arXiv:1807.03748).
 
-Both return one value an exam, so that a broken sample can be named.
-Shapes: B exams × views, T targets, P voxels, D dimensions of a projection, W ranks.
+Shapes: B exams × views, T targets, P voxels, D dimensions of a projection, K keys.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-
-def reconstruction_loss(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean squared error over the valid targets of each exam: (B, T, P) to (B,)."""
-    error = (predicted.float() - target.float()).square().mean(-1)
-    return (error * valid).sum(1) / valid.sum(1).clamp_min(1)
+from umbif.stream.exams import SEQUENCES, Exams
+from umbif.stream.patches import Patches
 
 
-def info_nce(projection: Tensor, slot: Tensor, person: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of telling the other view of the same exam from the views of other people, over all ranks.
+def normalised(voxels: Tensor) -> Tensor:
+    """Each patch to mean 0 and variance 1: the target of He et al. 2022 (arXiv:2111.06377), section 4.1."""
+    variance, mean = torch.var_mean(voxels.float(), dim=-1, keepdim=True)
+    return (voxels - mean) / (variance + 1e-6).sqrt()
+
+
+@dataclass(frozen=True)
+class TargetErrors:
+    """Mean squared error of each predicted patch."""
+
+    error: Tensor  # (B, T)
+    valid: Tensor  # (B, T) bool
+    sequence: Tensor  # (B, T)
+
+    @classmethod
+    def of(cls, predicted: Tensor, target: Patches) -> Self:
+        """Of predictions (B, T, P) of normalised patches."""
+        error = (predicted.float() - normalised(target.voxels.flatten(2))).square().mean(-1)
+        return cls(error, target.valid, target.sequence)
+
+    def by_exam(self) -> Tensor:
+        """Mean over the valid targets of each exam, (B,); zero for an exam without any."""
+        return self.error.where(self.valid, 0).sum(1) / self.valid.sum(1).clamp_min(1)
+
+    def by_sequence(self) -> dict[str, Tensor]:
+        """Mean over the valid targets of each sequence that the batch asked for."""
+        which, error = self.sequence[self.valid], self.error[self.valid]
+        total, count = (
+            error.new_zeros(len(SEQUENCES)).index_add(0, which, values) for values in (error, torch.ones_like(error))
+        )
+        return {name: total[i] / count[i] for i, name in enumerate(SEQUENCES) if count[i]}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a batch costs."""
+
+    total: Tensor  # (B,) weighted sum of the parts
+    parts: dict[str, Tensor]  # each (B,)
+    targets: TargetErrors | None = None
+
+    def means(self) -> dict[str, Tensor]:
+        """Means over the batch, for logs."""
+        return {name: value.mean() for name, value in {"loss": self.total, **self.parts}.items()}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose a projection is: what makes two of them a pair, or keeps them from being opponents."""
+
+    rows: Tensor  # (B, 4) int64: the columns below
+
+    @classmethod
+    def of(cls, exams: Exams, valid: Tensor) -> Self:
+        """Of the views of a batch; `valid` (B,) is False for one that shows no brain."""
+        return cls(torch.stack([exams.slot, exams.view, exams.person, valid.long()], dim=1))
+
+    @property
+    def slot(self) -> Tensor:
+        """(B,) number of the exam in the stream."""
+        return self.rows[:, 0]
+
+    @property
+    def view(self) -> Tensor:
+        """(B,) number of the view."""
+        return self.rows[:, 1]
+
+    @property
+    def person(self) -> Tensor:
+        """(B,) code of the person."""
+        return self.rows[:, 2]
+
+    @property
+    def valid(self) -> Tensor:
+        """(B,) bool."""
+        return self.rows[:, 3].bool()
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    who: Identity,
+    whose: Identity,
+    *,
+    temperature: float,
+    same_person_negatives: bool = False,
+) -> Tensor:
+    """Cross-entropy of telling another view of the same exam from the views of other people.
 
     Args:
-        projection: (B, D) of this rank; every slot appears with two views.
-        slot: (B,) the exam's number in the stream: its two views are each other's positives.
-        person: (B,) other exams of one person are neither positives nor negatives.
+        query: (B, D).
+        key: (K, D).
+        who: Of the queries.
+        whose: Of the keys. Keys of the same slot in another view are positives; the same view is left out.
         temperature: Of the softmax.
+        same_person_negatives: Let other exams of one person be negatives. Their brain is the same, so pushing them
+            apart teaches the scanner and the day.
 
     Returns:
-        (B,) loss of this rank's views as anchors. The mean over ranks of the means is the loss of the joined batch,
-        and so are its gradients under data-parallel averaging.
+        (B,) loss of each query; zero for one that is not valid or has no positive.
     """
-    z, num = normalize(projection.float(), dim=-1), len(projection)
-    keys, key_slot, key_person = _gathered(z), _gathered_ids(slot), _gathered_ids(person)
-    logits = z @ keys.T / temperature  # (B, W * B)
-    positive = slot[:, None] == key_slot[None]
-    same_person = person[:, None] == key_person[None]
-    itself = torch.zeros_like(positive)
-    itself[torch.arange(num), _first_row(num) + torch.arange(num)] = True
-    positive = positive & ~itself
-    logits = logits.masked_fill((same_person & ~positive) | itself, -torch.inf)
+    logits = normalize(query.float(), dim=-1) @ normalize(key.float(), dim=-1).T / temperature  # (B, K)
+    same_slot = who.slot[:, None] == whose.slot
+    positive = same_slot & (who.view[:, None] != whose.view) & whose.valid
+    alike = same_slot if same_person_negatives else same_slot | (who.person[:, None] == whose.person)
+    asked = positive.any(dim=1) & who.valid
+    left_out = ~positive & (alike | ~whose.valid)
+    logits = logits.masked_fill(left_out & asked[:, None], -torch.inf)
     log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
-    return -torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1).clamp_min(1)
-
-
-def standardised(projection: Tensor) -> Tensor:
-    """Projections (B, D) with mean 0 and variance 1 in each dimension, over the joined batch of all ranks.
-
-    Without it all projections start out nearly parallel, and the contrast stays at that of guessing.
-    """
-    std, mean = torch.std_mean(_gathered(projection.float()), dim=0, keepdim=True)
-    return (projection - mean) / (std + 1e-4)
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of all ranks; each rank's rows get the gradients of all."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return _joined(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous()
-        torch.distributed.all_reduce(total)
-        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
-def _gathered(values: Tensor) -> Tensor:
-    return _Gather.apply(values) if _distributed() else values
-
-
-def _gathered_ids(values: Tensor) -> Tensor:
-    return _joined(values) if _distributed() else values
-
-
-def _joined(values: Tensor) -> Tensor:
-    everywhere = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everywhere, values.contiguous())
-    return torch.cat(everywhere)
-
-
-def _first_row(num_local: int) -> int:
-    return torch.distributed.get_rank() * num_local if _distributed() else 0
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    loss = -torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1).clamp_min(1)
+    return torch.where(asked, loss, 0.0)

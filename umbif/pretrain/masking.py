@@ -17,7 +17,7 @@ TOKENS, COLUMNS, PLACES, TARGETS = 20, 21, 22, 23  # purposes: their numbers are
 
 
 @dataclass(frozen=True)
-class Masking:
+class Masks:
     """The visible patches and the targets of a batch, as indices into S * N."""
 
     visible: Tensor  # (B, V)
@@ -26,37 +26,52 @@ class Masking:
     target_valid: Tensor  # (B, T) bool
 
 
-def draw_masking(
-    exams: Exams, grid: PatchGrid, *, num_visible: int, num_targets: int, column_share: float
-) -> Masking:
-    """Draws what is visible and what is predicted, over all present sequences, from patches with brain only.
+@dataclass(frozen=True)
+class Masking:
+    """How patches are hidden, and how many of them are asked for.
 
     Args:
-        exams: The batch; (seed, slot, view) are the source of all randomness.
-        grid: Its patches.
-        num_visible: Budget of visible patches. An exam never shows more than half of its patches, so that something
-            is left to predict.
-        num_targets: Budget of predicted patches.
+        num_visible: Most patches that the encoder sees of a view, over all of its sequences.
+        max_visible_share: Most of an exam's own patches that it ever shows, so that something is left to predict.
+        num_targets: Most hidden patches that are predicted; null for all.
+        decoded_share: Share of an exam's hidden patches that are predicted, as far as `num_targets` allows.
         column_share: Share of the places that are hidden in every sequence, and asked for in all of them together:
             there, one sequence has to be told from another without a look at any.
     """
-    B, S = exams.present.shape
-    N = grid.position_mm.shape[1]
-    score = uniform(exams.seed, exams.slot, exams.view, TOKENS, S * N)
-    column = uniform(exams.seed, exams.slot, exams.view, COLUMNS, N) < column_share
-    place = uniform(exams.seed, exams.slot, exams.view, PLACES, N)
-    alone = uniform(exams.seed, exams.slot, exams.view, TARGETS, S * N)
-    in_column = column[:, None].expand(B, S, N).flatten(1)
-    shared = place[:, None].expand(B, S, N).flatten(1)
-    visible, visible_valid = _first(score + in_column.float(), grid.available, num_visible, most=0.5)
-    hidden = grid.available.scatter(1, visible, grid.available.gather(1, visible) & ~visible_valid)
-    target, target_valid = _first(torch.where(in_column, shared, alone), hidden, num_targets)
-    return Masking(visible, visible_valid, target, target_valid)
+
+    num_visible: int = 64
+    max_visible_share: float = 0.5
+    num_targets: int | None = 64
+    decoded_share: float = 1.0
+    column_share: float = 0.25
+
+    def draw(self, exams: Exams, grid: PatchGrid) -> Masks:
+        """Draws from the patches with brain of all present sequences; (seed, slot, view) decide everything.
+
+        Args:
+            exams: The batch.
+            grid: Its patches.
+        """
+        B, S = exams.present.shape
+        N = grid.position_mm.shape[1]
+        score, column, place, alone = (
+            uniform(exams.seed, exams.slot, exams.view, purpose, num)
+            for purpose, num in ((TOKENS, S * N), (COLUMNS, N), (PLACES, N), (TARGETS, S * N))
+        )
+        in_column = (column < self.column_share)[:, None].expand(B, S, N).flatten(1)
+        shared = place[:, None].expand(B, S, N).flatten(1)
+        visible, visible_valid = _first(
+            score + in_column.float(), grid.available, self.num_visible, self.max_visible_share
+        )
+        hidden = grid.available.scatter(1, visible, grid.available.gather(1, visible) & ~visible_valid)
+        num_targets = max(1, int(hidden.sum(1).max())) if self.num_targets is None else self.num_targets
+        target, target_valid = _first(torch.where(in_column, shared, alone), hidden, num_targets, self.decoded_share)
+        return Masks(visible, visible_valid, target, target_valid)
 
 
-def _first(score: Tensor, candidates: Tensor, num: int, most: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The `num` candidates with the smallest scores, at most the share `most` of an exam's (rounded up)."""
+def _first(score: Tensor, candidates: Tensor, num: int, share: float) -> tuple[Tensor, Tensor]:
+    """The `num` candidates with the smallest scores, at most `share` of an exam's (rounded up)."""
     num = min(num, score.shape[1])
     index = torch.where(candidates, score, torch.inf).argsort(dim=1, stable=True)[:, :num]
-    allowed = (candidates.sum(1) * most).ceil()
+    allowed = (candidates.sum(1) * share).ceil()
     return index, torch.arange(num, device=score.device) < allowed[:, None]

@@ -1,134 +1,146 @@
 """UMBIF: masked reconstruction coupled with contrast of two views (after He et al. 2022, arXiv:2111.06377, and
 Chen et al. 2020, arXiv:2002.05709; coupled as in Li et al., JCO Precision Oncology 2026, which published no code).
 
-Two views of an exam are encoded in one forward from a fixed budget of visible patches. A cross-attention decoder
-predicts hidden patches; the mean of the visible tokens, projected, is matched between the views.
+Two views of an exam are encoded in one forward from a fixed budget of visible patches. A transformer decoder predicts
+hidden patches; the mean of the visible tokens, projected, is matched between the views.
 Shapes: B exams × views, V visible tokens, T targets, E width, P voxels of a patch.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from umbif.encoders.optimise import Guard, adamw
+from umbif.encoders.cnn import CNN3D
+from umbif.encoders.guard import Guard
+from umbif.encoders.optimise import adamw, exams_per_step
+from umbif.encoders.transformer import Block
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
-from umbif.pretrain.decoder import CrossDecoder, normalised
-from umbif.pretrain.losses import info_nce, reconstruction_loss, standardised
-from umbif.pretrain.masking import draw_masking
-from umbif.pretrain.monitors import write_reconstruction
+from umbif.errors import Problem, UsageError
+from umbif.pretrain.contrast import Contrast, ContrastOptions, MovingAverage
+from umbif.pretrain.decoder import CrossBlock, DecoderShape, build_decoder
+from umbif.pretrain.losses import Identity, Losses, TargetErrors
+from umbif.pretrain.masking import Masking, Masks
+from umbif.pretrain.pictures import held_out_exam, write_reconstruction
 from umbif.stream.augment import Augmentation
-from umbif.stream.exams import Exams, WholeBrainDataset, collate
-from umbif.stream.modules import PretrainData, exams_of_split
-from umbif.stream.patches import gather, patch_grid, scatter
+from umbif.stream.exams import Exams
+from umbif.stream.modules import PretrainData
+from umbif.stream.patches import Patches, PatchGrid, choose, gather, scatter
+
+LR_EXAMS = 256  # exams of a step that a learning rate is given for (Goyal et al. 2017, arXiv:1706.02677)
 
 
 class UMBIF(pl.LightningModule):
     """Pretrains an encoder.
 
     Args:
-        encoder: ViT3D.
-        num_visible: Patches that the encoder sees of a view, over all of its sequences.
-        num_targets: Hidden patches that are predicted.
-        column_share: Share of the places that are hidden in every sequence.
+        encoder: ViT3D; or CNN3D, which trains by contrast alone.
+        masking: What is hidden and what is predicted.
+        decoder: Of the voxels of hidden patches.
+        contrast: Of views.
         reconstruction_weight: Of the masked reconstruction; 0 leaves contrast alone.
         contrast_weight: Of the contrast; 0 leaves reconstruction alone (a masked autoencoder).
-        temperature: Of the contrast.
-        decoder_width: Of the decoder.
-        decoder_depth: Blocks of the decoder.
-        decoder_heads: Attention heads of the decoder.
-        projector_dim: Of the space where views are compared.
+        ema_decay: Of a moving average of the encoder, which gives the contrast's keys and is what is exported; null
+            does without.
         augmentation: Of each view.
-        lr: For a global batch of 256 exams; scaled in proportion.
+        lr: For 256 exams a step; scaled in proportion.
         warmup_steps: Linear warm-up.
         weight_decay: Of matrices.
         betas: Of AdamW.
         gradient_clip: Largest norm of the gradient.
-        global_batch_size: Exams of an optimiser step, for scaling `lr`.
+        spike_factor: A gradient this many times the usual is dropped; null lets it pass.
+        max_skipped: More dropped steps of the last 1000 end the run.
+        compile_backend: Of torch.compile, for the transformer blocks, such as `inductor`; null does not compile.
+        global_batch_size: Exams of a micro-step over all ranks, for scaling `lr`.
         max_steps: Length of the cosine.
+
+    Raises:
+        UsageError: Parts that do not go together; all of them are named.
     """
 
     def __init__(
         self,
-        encoder: ViT3D,
-        num_visible: int = 64,
-        num_targets: int = 64,
-        column_share: float = 0.25,
+        encoder: ViT3D | CNN3D,
+        masking: Masking = Masking(),  # noqa: B008 (frozen)
+        decoder: DecoderShape = DecoderShape(),  # noqa: B008
+        contrast: ContrastOptions = ContrastOptions(),  # noqa: B008
         reconstruction_weight: float = 1.0,
         contrast_weight: float = 0.1,
-        temperature: float = 0.2,
-        decoder_width: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 8,
-        projector_dim: int = 128,
-        augmentation: Augmentation | None = None,
+        ema_decay: float | None = None,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008
         lr: float = 1.5e-4,
         warmup_steps: int = 1000,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
         gradient_clip: float = 1.0,
+        spike_factor: float | None = 20.0,
+        max_skipped: int = 20,
+        compile_backend: str | None = None,
         global_batch_size: int = 64,
         max_steps: int = 100_000,
     ) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.num_visible, self.num_targets, self.column_share = num_visible, num_targets, column_share
+        refuse_impossible(encoder, contrast, reconstruction_weight, contrast_weight, ema_decay)
+        self.encoder, self.masking, self.augmentation = encoder, masking, augmentation
         self.reconstruction_weight, self.contrast_weight = reconstruction_weight, contrast_weight
-        self.temperature = temperature
-        self.guard = Guard(gradient_clip)
-        self.augmentation = augmentation or Augmentation()
-        if reconstruction_weight:
-            patch_size, patch_mm = encoder.patch_size, encoder.config["patch_mm"]
-            self.decoder = CrossDecoder(
-                encoder.embed_dim, patch_size, patch_mm, decoder_width, decoder_depth, decoder_heads
-            )
+        self.guard = Guard(gradient_clip, spike_factor, max_skipped)
+        self.compile_backend, self.global_batch_size = compile_backend, global_batch_size
+        if reconstruction_weight and isinstance(encoder, ViT3D):
+            self.decoder = build_decoder(encoder, decoder)
         if contrast_weight:
-            self.projector = projector(encoder.embed_dim, projector_dim)
+            self.contrast = Contrast(encoder.embed_dim, contrast)
+        self.average = None if ema_decay is None else MovingAverage(ema_decay, **self._followed())
+        # Queue and average are alike on all ranks already: DDP would send them at every step.
+        tensors = (*self.named_parameters(), *self.named_buffers())
+        alike = [name for name, _ in tensors if name.startswith(("contrast.queue.", "average."))]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, alike)
         self.optimisation: dict[str, Any] = {
-            "lr": lr * global_batch_size / 256, "warmup_steps": warmup_steps, "weight_decay": weight_decay,
-            "betas": betas, "max_steps": max_steps,
+            "lr": lr / LR_EXAMS, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "betas": betas,
+            "max_steps": max_steps,
         }  # fmt: skip
 
     def training_step(self, exams: Exams, batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
         losses = self.losses(exams)
-        loss = losses["loss"].mean()
-        self.log_dict({f"train/{name}": value.mean().detach() for name, value in losses.items()}, batch_size=len(exams))
-        return loss
+        values = {f"train/{name}": value.detach() for name, value in losses.means().items()}
+        self.log_dict(values, batch_size=len(exams))
+        return losses.total.mean()
 
     def validation_step(self, exams: Exams, batch_idx: int) -> None:
         """Losses of held-out exams, the same views each time."""
         losses = self.losses(exams)
-        values = {f"val/{name}": value.mean() for name, value in losses.items()}
+        values = {f"val/{name}": value for name, value in losses.means().items()}
         self.log_dict(values, batch_size=len(exams), sync_dist=True)
+        if losses.targets is not None:
+            by_sequence = {f"val/reconstruction_{name}": e for name, e in losses.targets.by_sequence().items()}
+            self.log_dict(by_sequence, batch_size=len(exams))
 
-    def losses(self, exams: Exams) -> dict[str, Tensor]:
-        """Each loss of each view (B,), and their weighted sum as `loss`."""
-        grid = patch_grid(exams, self.encoder.patch_size)
-        masking = draw_masking(
-            exams, grid, num_visible=self.num_visible, num_targets=self.num_targets, column_share=self.column_share
-        )
-        visible = self.augmentation(gather(exams, grid, masking.visible, masking.visible_valid), exams)
-        tokens, pooled = self.encoder(visible)
+    def losses(self, exams: Exams) -> Losses:
+        """Each loss of each view, and their weighted sum."""
+        exams, grid = self.encoder.grid(exams)
+        masks = self.masking.draw(exams, grid) if self.encoder.can_mask else everything(grid)
+        visible = self.augmentation(gather(exams, grid, masks.visible, masks.visible_valid), exams)
+        tokens, _, pooled = self.encoder(visible)
         parts: dict[str, Tensor] = {}
-        loss = torch.zeros(len(exams), device=tokens.device)
+        total, targets = torch.zeros(len(exams), device=tokens.device), None
         if self.reconstruction_weight:
-            target = self.augmentation(gather(exams, grid, masking.target, masking.target_valid), exams)
-            predicted = self.decoder(tokens, visible, target)
-            parts["reconstruction"] = reconstruction_loss(predicted, normalised(target.voxels.flatten(2)), target.valid)
-            loss = loss + self.reconstruction_weight * parts["reconstruction"]
+            asked = self.augmentation(gather(exams, grid, masks.target, masks.target_valid), exams)
+            predicted = self.decoder(tokens, visible, asked)
+            targets = TargetErrors.of(predicted, asked)
+            parts["reconstruction"] = targets.by_exam()
+            total = total + self.reconstruction_weight * parts["reconstruction"]
         if self.training:
             # One broken exam breaks everyone's contrast: what is watched is each exam's own.
             self.guard.watch(parts.get("reconstruction", pooled.square().mean(-1)), exams)
         if self.contrast_weight:
-            z = standardised(self.projector(pooled))
-            parts["contrast"] = info_nce(z, exams.slot, exams.person, self.temperature)
-            loss = loss + self.contrast_weight * parts["contrast"]
-        return {"loss": loss, **parts}
+            who = Identity.of(exams, visible.valid.any(dim=1))
+            parts["contrast"] = self.contrast(pooled, who, self._average_keys(visible))
+            total = total + self.contrast_weight * parts["contrast"]
+        return Losses(total, parts, targets)
 
     @torch.no_grad()
     def shown_and_predicted(self, exams: Exams, visible_share: float) -> tuple[Tensor, Tensor]:
@@ -142,52 +154,112 @@ class UMBIF(pl.LightningModule):
             What was shown, and what was predicted in its place, with the mean and variance of each true patch, for
             which the loss does not ask. Both (B, S, X, Y, Z), NaN elsewhere.
         """
-        grid = patch_grid(exams, self.encoder.patch_size)
-        num = int(grid.available.sum(1).max())
-        masking = draw_masking(
-            exams, grid, num_visible=max(1, int(num * visible_share)), num_targets=num, column_share=self.column_share
-        )
-        visible = gather(exams, grid, masking.visible, masking.visible_valid)
-        target = gather(exams, grid, masking.target, masking.target_valid)
-        tokens, _ = self.encoder(visible)
-        predicted = self.decoder(tokens, visible, target)
+        exams, grid = self.encoder.grid(exams)
+        num = max(1, int(int(grid.available.sum(1).max()) * visible_share))
+        masks = Masking(num, 1.0, num_targets=None, column_share=self.masking.column_share).draw(exams, grid)
+        visible = gather(exams, grid, masks.visible, masks.visible_valid)
+        target = gather(exams, grid, masks.target, masks.target_valid)
+        predicted = self.decoder(self.encoder(visible)[0], visible, target)
         variance, mean = torch.var_mean(target.voxels.flatten(2), dim=-1, keepdim=True)
         voxels = predicted * (variance + 1e-6).sqrt() + mean
-        shown = scatter(exams, grid, masking.visible, visible.valid, visible.voxels.flatten(2))
-        return shown, scatter(exams, grid, masking.target, target.valid, voxels)
+        shown = scatter(exams, grid, masks.visible, visible.valid, visible.voxels.flatten(2))
+        return shown, scatter(exams, grid, masks.target, target.valid, voxels)
 
-    def export(self, folder: Path, recipe: dict[str, Any]) -> None:
-        """Writes `encoder/` with what a later user has to know, and pictures of reconstructions."""
-        data: PretrainData = self.trainer.datamodule
-        if not self.trainer.is_global_zero:
-            return
-        if self.reconstruction_weight:
-            self.cpu().picture(data, folder / "figures")
-        about = {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
-        save_encoder(self.encoder, folder / "encoder", {"steps": self.global_step, **about})
+    def setup(self, stage: str) -> None:
+        """Compiles the blocks: small graphs that are compiled once and serve all of them."""
+        if self.compile_backend is not None:
+            for block in (module for module in self.modules() if isinstance(module, Block | CrossBlock)):
+                block.compile(backend=self.compile_backend)
 
-    def picture(self, data: PretrainData, folder: Path) -> None:
-        """Reconstruction of one held-out exam (of a training exam where none is held out)."""
-        held_out = exams_of_split(data.corpus, "test")
-        rows = held_out if len(held_out) else exams_of_split(data.corpus, "train")
-        dataset = WholeBrainDataset(data.corpus, rows[:1], np.zeros(1, dtype=np.float32))
-        exams = collate([dataset[0]], spacing_mm=data.corpus.spacing_mm, seed=data.position.seed)
-        write_reconstruction(self.eval(), exams, folder)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimiser's step, and then those of queue and moving average."""
+        super().optimizer_step(*args, **kwargs)
+        self.settle()
+
+    def settle(self) -> None:
+        """Queue and moving average take a step in, if the guard accepted it."""
+        if self.contrast_weight:
+            self.contrast.queue.settle(self.guard.accepted)
+        if self.average is not None and self.guard.accepted:
+            self.average.follow(**self._followed())
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips here and not in the Trainer, which refuses to clip for fused AdamW under bf16-mixed."""
         self.log("train/gradient_norm", self.guard(self, optimizer))
+        self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Fused AdamW, warm-up and cosine by steps."""
-        return adamw([*self.named_parameters()], without=self.encoder.no_weight_decay(), **self.optimisation)
+        lr = self.optimisation["lr"] * exams_per_step(self, self.global_batch_size)
+        return adamw(self, **{**self.optimisation, "lr": lr})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the guard has seen decides about later steps."""
+        checkpoint["guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `on_save_checkpoint`."""
+        self.guard.load_state_dict(checkpoint["guard"])
+
+    def export(self, folder: Path, data: PretrainData, trainer: pl.Trainer) -> None:
+        """Writes `encoder/` with what a later user has to know, and pictures of reconstructions."""
+        if not trainer.is_global_zero:
+            return
+        if self.reconstruction_weight and trainer.global_step:
+            write_reconstruction(self.cpu().eval(), held_out_exam(data), folder / "figures")
+        about = {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
+        encoder = self.encoder if self.average is None else self.average.average["encoder"]
+        save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", {"steps": trainer.global_step, **about})
+
+    @torch.no_grad()
+    def _average_keys(self, visible: Patches) -> Tensor | None:
+        if self.average is None:
+            return None
+        average = self.average.average
+        return average["projector"](average["encoder"](visible)[2])
+
+    def _followed(self) -> dict[str, torch.nn.Module]:
+        """What the moving average follows."""
+        projector = {"projector": self.contrast.projector} if self.contrast_weight else {}
+        return {"encoder": self.encoder, **projector}
 
 
-def projector(width: int, out: int) -> nn.Sequential:
-    """Three layers, as in MoCo v3 (Chen et al. 2021, arXiv:2104.02057), with layer norms: no statistics to share."""
-    hidden = 2 * width
-    return nn.Sequential(
-        nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(),
-        nn.Linear(hidden, hidden), nn.LayerNorm(hidden), nn.GELU(),
-        nn.Linear(hidden, out),
-    )  # fmt: skip
+def everything(grid: PatchGrid) -> Masks:
+    """All is seen and nothing is asked."""
+    index, valid = choose(grid)
+    return Masks(index, valid, index[:, :0], valid[:, :0])
+
+
+def refuse_impossible(
+    encoder: ViT3D | CNN3D,
+    contrast: ContrastOptions,
+    reconstruction_weight: float,
+    contrast_weight: float,
+    ema_decay: float | None,
+) -> None:
+    """Refuses parts that do not go together.
+
+    Raises:
+        UsageError: Names all of them.
+    """
+    problems = []
+    if reconstruction_weight and not encoder.can_mask:
+        problems.append(
+            Problem(
+                f"model.reconstruction_weight={reconstruction_weight:g} needs an encoder that can leave patches out",
+                type(encoder).__name__,
+                "A convolution would see hidden patches as zeros and learn their edges. Set it to 0, or take ViT3D",
+            )
+        )
+    if not reconstruction_weight and not contrast_weight:
+        problems.append(Problem("reconstruction_weight and contrast_weight are both 0: there is nothing to learn"))
+    if contrast.queue_size and ema_decay is None:
+        problems.append(
+            Problem(
+                f"model.contrast.queue_size={contrast.queue_size} needs model.ema_decay",
+                "null",
+                "Keys of an encoder that changes at every step grow stale (arXiv:1911.05722): set it to 0.99 or more",
+            )
+        )
+    if problems:
+        raise UsageError(problems, "the model")

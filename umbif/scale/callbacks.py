@@ -1,4 +1,4 @@
-"""What a person sees while training runs: progress, and how fast it goes."""
+"""What a person sees while training runs."""
 
 import sys
 import time
@@ -63,33 +63,3 @@ class TrainingProgress(Callback):
     def _said(self, trainer: pl.Trainer) -> str:
         loss = trainer.callback_metrics.get("train/loss")
         return "" if loss is None else f"loss {float(loss):.3f}"
-
-
-class Throughput(Callback):
-    """Logs exams per second and the share of time that training waited for data."""
-
-    def __init__(self) -> None:
-        self.num_exams = 0
-        self.waited_s = 0.0
-        self.since_s = self.ended_s = time.monotonic()
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins to count."""
-        self.num_exams, self.waited_s = 0, 0.0
-        self.since_s = self.ended_s = time.monotonic()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """The time since the last batch was waiting."""
-        self.waited_s += time.monotonic() - self.ended_s
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Logs at the Trainer's interval."""
-        now = self.ended_s = time.monotonic()
-        self.num_exams += trainer.datamodule.global_batch_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
-            span = max(now - self.since_s, 1e-9)
-            pl_module.log("throughput/exams_per_s", self.num_exams / span)
-            pl_module.log("throughput/data_wait", self.waited_s / span)
-            self.num_exams, self.waited_s, self.since_s = 0, 0.0, now

@@ -3,7 +3,7 @@
 Two views of an exam must not be matched by their histogram or their shading, so each draws a monotone intensity curve
 and a bias field of its own for each sequence. The field is a polynomial of third order (Van Leemput et al. 1999,
 doi:10.1109/42.811268).
-Shapes: B exams × views, S sequences, V patches, p voxels along an edge of a patch.
+Shapes: B exams × views, S sequences, V patches, px py pz voxels along the edges of a patch.
 """
 
 from dataclasses import dataclass, replace
@@ -57,16 +57,14 @@ class Augmentation:
         return augmented.mirrored(uniform(exams.seed, exams.slot, exams.view, FLIP, 1)[:, 0] < self.flip_probability)
 
     def _bias_field(self, patches: Patches, exams: Exams) -> Tensor:
-        """(B, V, p, p, p), one smooth field over the head for each sequence of each view."""
-        p, num = patches.voxels.shape[-1], ORDER + 1
+        """(B, V, px, py, pz), one smooth field over the head for each sequence of each view."""
+        num = ORDER + 1
         degree = torch.stack(torch.meshgrid(*[torch.arange(num, device=exams.image.device)] * 3, indexing="ij")).sum(0)
         drawn = self.bias * _draw(exams, BIAS, num**3) * (degree <= ORDER).flatten()
         field = drawn.view(*drawn.shape[:2], num, num, num)
         row = torch.arange(len(field), device=field.device)[:, None]
         field = field[row, patches.entry]  # (B, V, 4, 4, 4): coefficients of x, y and z
-        offset_mm = (torch.arange(p, device=field.device) + 0.5 - p / 2) * exams.spacing_mm
-        where = (patches.position_mm[..., None] + offset_mm) / HEAD_MM  # (B, V, 3, p)
-        x, y, z = (where[..., None] ** torch.arange(num, device=field.device)).unbind(2)  # each (B, V, p, 4)
+        x, y, z = (_powers(patches, axis, exams.spacing_mm) for axis in range(3))
         field = torch.einsum("bvijk,bvzk->bvijz", field, z)
         field = torch.einsum("bvijz,bvyj->bviyz", field, y)
         return torch.einsum("bviyz,bvxi->bvxyz", field, x).exp()
@@ -75,6 +73,14 @@ class Augmentation:
 def per_patch(numbers: Tensor, patches: Patches) -> Tensor:
     """Numbers of each sequence (B, S) to the patches of that sequence, (B, V, 1, 1, 1)."""
     return numbers.gather(1, patches.entry)[..., None, None, None]
+
+
+def _powers(patches: Patches, axis: int, spacing_mm: float) -> Tensor:
+    """What the coefficients of an axis are multiplied by at each voxel along it: (B, V, p, 4)."""
+    p, device = patches.voxels.shape[2 + axis], patches.voxels.device
+    offset_mm = (torch.arange(p, device=device) + 0.5 - p / 2) * spacing_mm
+    where = (patches.position_mm[..., axis, None] + offset_mm) / HEAD_MM
+    return where[..., None] ** torch.arange(ORDER + 1, device=device)
 
 
 def _draw(exams: Exams, purpose: int, count: int = 1) -> Tensor:

@@ -3,6 +3,7 @@
 Shapes: B exams × views, S sequences, X Y Z voxels towards right, front, top.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
-from umbif.corpus.shards import BRAIN, Corpus
+from umbif.corpus.shards import BRAIN, TUMOUR, Corpus
 from umbif.stream.order import Triple, View, draw_views, exam_of_slot
 
 SEQUENCES = ("t1", "t1ce", "t2", "flair", "dwi", "adc", "swi", "other")
 # How stored numbers are read, and what stands there for an absent sequence, so that nothing divides by zero.
 NUMBERS = {"scale": 0.0, "intercept": 0.0, "mean": 0.0, "std": 1.0, "low": 0.0, "high": 1.0}
 Sample = dict[str, Any]
+SOME_EXAMS = 32
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class CropDataset(Dataset[list[Sample]]):
         num_views: Views of an exam.
         disjoint_share: See `draw_views`.
         keep_probability: See `draw_views`.
+        max_sequences: See `draw_views`.
+        around_tumour: Crops around the tumour, of exams that have its mask.
     """
 
     def __init__(
@@ -115,18 +119,28 @@ class CropDataset(Dataset[list[Sample]]):
         num_views: int = 2,
         disjoint_share: float = 0.5,
         keep_probability: float = 0.75,
+        max_sequences: int | None = None,
+        around_tumour: bool = False,
     ) -> None:
         self.corpus, self.exams, self.crop_size, self.seed = corpus, exams, crop_size, seed
-        self.num_views, self.disjoint_share, self.keep_probability = num_views, disjoint_share, keep_probability
+        self.around_tumour = around_tumour
+        self.policy: dict[str, Any] = {
+            "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
+            "max_sequences": max_sequences,
+        }  # fmt: skip
         self.width = most_sequences(corpus)
         self.person = person_codes(corpus)
+
+    def sample_bytes(self) -> int:
+        """Of the voxels of one sample: int16 of each sequence, and the brain mask."""
+        return self.policy["num_views"] * math.prod(self.crop_size) * (2 * self.width + 1)
 
     def __getitem__(self, slot: int) -> list[Sample]:
         exam = int(self.exams[exam_of_slot(slot, len(self.exams), self.seed)])
         box = self.corpus.frames(exam)[BRAIN].shape
         views = draw_views(
             self.seed, slot, sequences=self.corpus.sequences(exam), box=box, crop=self.crop_size,
-            num_views=self.num_views, disjoint_share=self.disjoint_share, keep_probability=self.keep_probability,
+            focus=tumour_centre(self.corpus, exam) if self.around_tumour else None, **self.policy,
         )  # fmt: skip
         samples = [read_view(self.corpus, exam, view, self.crop_size, self.width) for view in views]
         known = {"exam": exam, "person": self.person[exam], "slot": slot}
@@ -152,6 +166,12 @@ class WholeBrainDataset(Dataset[list[Sample]]):
 
     def __len__(self) -> int:
         return len(self.exams)
+
+    def sample_bytes(self) -> int:
+        """Of the voxels of one sample, by the largest of a few boxes."""
+        some = self.exams[:: max(1, len(self.exams) // SOME_EXAMS)]
+        boxes = [math.prod(self.corpus.frames(int(exam))[BRAIN].shape) for exam in some]
+        return max(boxes) * (2 * self.width + 1)
 
     def __getitem__(self, slot: int) -> list[Sample]:
         at = slot if self.seed is None else exam_of_slot(slot, len(self.exams), self.seed)
@@ -208,6 +228,17 @@ def collate(samples: Sequence[list[Sample]], *, spacing_mm: float, seed: int) ->
     if "target" in views[0]:
         stacked["target"] = torch.tensor([float(view["target"]) for view in views])
     return Exams(spacing_mm=spacing_mm, seed=seed, **stacked)
+
+
+def tumour_centre(corpus: Corpus, exam: int) -> Triple:
+    """The voxel in the middle of the tumour's box."""
+    frame = corpus.frames(exam)[TUMOUR]
+    where = np.nonzero(corpus.read(frame, (0, 0, 0), frame.shape))
+    if not len(where[0]):
+        x, y, z = (n // 2 for n in frame.shape)
+    else:
+        x, y, z = (int(axis.min() + axis.max()) // 2 for axis in where)
+    return x, y, z
 
 
 def most_sequences(corpus: Corpus) -> int:

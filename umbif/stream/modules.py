@@ -1,5 +1,6 @@
 """A corpus as endless training batches that resume from one integer."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +14,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from umbif.corpus.shards import Corpus
+from umbif.corpus.shards import TUMOUR, Corpus
 from umbif.errors import Problem, UsageError
+from umbif.machine import available_memory_bytes
 from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
 
+log = logging.getLogger("umbif")
+PREFETCHED = 2  # batches of each worker that wait
+MEMORY_SHARE = 0.6  # of what is free, for batches on the way
 VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
 
 
@@ -51,6 +56,8 @@ class PretrainData(pl.LightningDataModule):
         num_views: Views of each exam.
         disjoint_share: Share of the exams with several sequences whose views have none in common.
         keep_probability: How likely another view sees a sequence that its exam has.
+        max_sequences: Most sequences of a view; null for no limit.
+        around_tumour: Crop around the tumour, and leave out exams without a tumour mask.
         num_workers: Reading processes of each rank.
         num_val_exams: Held-out exams whose losses are logged.
         seed: Of order and views.
@@ -64,6 +71,8 @@ class PretrainData(pl.LightningDataModule):
         num_views: int = 2,
         disjoint_share: float = 0.5,
         keep_probability: float = 0.75,
+        max_sequences: int | None = None,
+        around_tumour: bool = False,
         num_workers: int = 4,
         num_val_exams: int = 16,
         seed: int = 0,
@@ -72,24 +81,32 @@ class PretrainData(pl.LightningDataModule):
         self.corpus = Corpus(corpus)
         self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
         self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
-        self.num_views, self.disjoint_share, self.keep_probability = num_views, disjoint_share, keep_probability
+        self.policy: dict[str, Any] = {
+            "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
+            "max_sequences": max_sequences, "around_tumour": around_tumour,
+        }  # fmt: skip
         self.position = Position(seed)
 
     def train_dataloader(self) -> DataLoader[Exams]:
         """This rank's share of every global batch, from the next slot on."""
         rank, world_size = place(self.trainer)
         batches = SlotBatches(self.position.next_slot, self.global_batch_size, rank, world_size)
-        return data_loader(self.dataset("train"), batches, self.num_workers)
+        return data_loader(self.dataset("train"), batches, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader[Exams] | list[Any]:
-        """The same views of the same held-out exams every time."""
+        """The same views of the same held-out exams every time; none where fewer are held out than there are ranks."""
         rank, world_size = place(self.trainer)
-        num_exams = min(self.num_val_exams, len(exams_of_split(self.corpus, "test")))
-        num_batches = num_exams // self.global_batch_size
-        if not num_batches:
+        num_exams = min(self.num_val_exams, len(self.exams("test"))) // world_size * world_size
+        if not num_exams:
             return []
-        batches = SlotBatches(0, self.global_batch_size, rank, world_size, num_batches)
+        batch_size = min(self.global_batch_size, num_exams)
+        batches = SlotBatches(0, batch_size, rank, world_size, num_exams // batch_size)
         return data_loader(self.dataset("test"), batches, num_workers=0)
+
+    def exams(self, split: str) -> npt.NDArray[np.int64]:
+        """Rows of `corpus.exams` of one split that can be cropped as asked."""
+        rows = exams_of_split(self.corpus, split)
+        return with_tumour(self.corpus, rows) if self.policy["around_tumour"] else rows
 
     def dataset(self, split: str) -> CropDataset:
         """The views of one split, by slot.
@@ -97,14 +114,12 @@ class PretrainData(pl.LightningDataModule):
         Raises:
             UsageError: The split is empty.
         """
-        exams = exams_of_split(self.corpus, split)
+        exams = self.exams(split)
         if not len(exams):
-            raise UsageError(Problem(f"the corpus has no exam in its {split} split", str(self.corpus.folder)))
-        return CropDataset(
-            self.corpus, exams, crop_size=self.crop_size, num_views=self.num_views,
-            seed=self.position.seed + (VALIDATION_SEED if split == "test" else 0),
-            disjoint_share=self.disjoint_share, keep_probability=self.keep_probability,
-        )  # fmt: skip
+            what = "exam with a tumour mask" if self.policy["around_tumour"] else "exam"
+            raise UsageError(Problem(f"the corpus has no {what} in its {split} split", str(self.corpus.folder)))
+        seed = self.position.seed + (VALIDATION_SEED if split == "test" else 0)
+        return CropDataset(self.corpus, exams, crop_size=self.crop_size, seed=seed, **self.policy)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
@@ -140,8 +155,20 @@ class SlotBatches:
         return islice(slots_of_rank(*self.place), self.num_batches)
 
 
-def data_loader(dataset: CropDataset | WholeBrainDataset, batches: Any, num_workers: int) -> DataLoader[Any]:
-    """A loader whose workers live as long as training and only read: they draw nothing."""
+def data_loader(
+    dataset: CropDataset | WholeBrainDataset, batches: Any, num_workers: int, trainer: pl.Trainer | None = None
+) -> DataLoader[Any]:
+    """A loader whose workers live as long as training and only read: they draw nothing.
+
+    Args:
+        dataset: Of samples by slot.
+        batches: Lists of slots.
+        num_workers: As many as the memory allows.
+        trainer: Whose processes share the memory of this machine.
+    """
+    if num_workers:
+        batch_bytes = len(next(iter(batches))) * dataset.sample_bytes()
+        num_workers = affordable_workers(num_workers, batch_bytes, trainer.num_devices if trainer is not None else 1)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -149,13 +176,37 @@ def data_loader(dataset: CropDataset | WholeBrainDataset, batches: Any, num_work
         collate_fn=partial(collate, spacing_mm=dataset.corpus.spacing_mm, seed=dataset.seed or 0),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCHED if num_workers else None,
     )
+
+
+def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int) -> int:
+    """As many workers as may hold batches in memory; a system that runs out of it kills one without a word.
+
+    Args:
+        num_wanted: Of the recipe.
+        batch_bytes: Of one batch.
+        num_processes: That share the memory and do the same.
+    """
+    available = available_memory_bytes()
+    if available is None:
+        return num_wanted
+    # Each has PREFETCHED batches on the way, and the one that it makes twice: as samples and as a batch.
+    num = int(available * MEMORY_SHARE / num_processes / (batch_bytes * (PREFETCHED + 2)))
+    if num < num_wanted:
+        said = f"a batch takes {batch_bytes / 2**30:.1f} GiB and {available / 2**30:.0f} GiB are free"
+        log.warning("%d reading processes instead of data.num_workers=%d: %s", max(1, num), num_wanted, said)
+    return max(1, min(num, num_wanted))
 
 
 def exams_of_split(corpus: Corpus, split: str) -> npt.NDArray[np.int64]:
     """Rows of `corpus.exams`."""
     return np.flatnonzero(corpus.exams["split"].to_numpy() == split)
+
+
+def with_tumour(corpus: Corpus, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Those of some rows of `corpus.exams` that have a tumour mask."""
+    return np.asarray([row for row in rows if TUMOUR in corpus.frames(int(row))], dtype=np.int64)
 
 
 def place(trainer: pl.Trainer | None) -> tuple[int, int]:

@@ -60,6 +60,8 @@ def draw_views(
     num_views: int,
     disjoint_share: float,
     keep_probability: float,
+    max_sequences: int | None = None,
+    focus: Triple | None = None,
 ) -> list[View]:
     """The views of a slot.
 
@@ -72,10 +74,14 @@ def draw_views(
         num_views: Of the exam.
         disjoint_share: Of the exams with two sequences or more, the share whose views have no sequence in common.
         keep_probability: Otherwise, how likely each view sees a sequence (one at least).
+        max_sequences: Most sequences of a view.
+        focus: Voxel that lies in the middle half of every crop, as far as the box allows; None draws them anywhere.
     """
     rng = generator(seed, VIEWS, slot)
     subsets = _draw_subsets(rng, sequences, num_views, disjoint_share, keep_probability)
-    return [View(_draw_start(rng, box, crop), subset) for subset in subsets]
+    if max_sequences is not None:
+        subsets = [_some(rng, subset, max_sequences) for subset in subsets]
+    return [View(_draw_start(rng, box, crop, focus), subset) for subset in subsets]
 
 
 @lru_cache(maxsize=4)
@@ -83,11 +89,23 @@ def _epoch_order(epoch: int, num_exams: int, seed: int) -> npt.NDArray[np.int64]
     return generator(seed, ORDER, epoch).permutation(num_exams)
 
 
-def _draw_start(rng: np.random.Generator, box: Triple, crop: Triple) -> Triple:
-    x, y, z = (
-        int(rng.integers(0, b - c + 1)) if b > c else (b - c) // 2 for b, c in zip(box, crop, strict=True)
-    )  # fmt: skip
+def _draw_start(rng: np.random.Generator, box: Triple, crop: Triple, focus: Triple | None) -> Triple:
+    centre = focus or (None, None, None)
+    x, y, z = (_draw_along(rng, b, c, f) for b, c, f in zip(box, crop, centre, strict=True))
     return x, y, z
+
+
+def _draw_along(rng: np.random.Generator, box: int, crop: int, focus: int | None) -> int:
+    if box <= crop:
+        return (box - crop) // 2
+    if focus is None:
+        return int(rng.integers(0, box - crop + 1))
+    return int(np.clip(focus - rng.integers(crop // 4, crop - crop // 4 + 1), 0, box - crop))
+
+
+def _some(rng: np.random.Generator, sequences: tuple[str, ...], most: int) -> tuple[str, ...]:
+    chosen = np.sort(rng.permutation(len(sequences))[:most])
+    return tuple(sequences[i] for i in chosen)
 
 
 def _draw_subsets(

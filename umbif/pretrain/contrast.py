@@ -1,0 +1,165 @@
+"""Contrast between views: SimCLR (Chen et al. 2020, arXiv:2002.05709), or MoCo with a moving average and a queue
+(He et al. 2020, arXiv:1911.05722; Chen et al. 2021, arXiv:2104.02057).
+
+Negatives are the views of all other exams of all ranks, and those that a queue remembers.
+Shapes: B exams × views of this rank, K keys, D dimensions of a projection.
+"""
+
+import copy
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from umbif.encoders.transformer import norm
+from umbif.pretrain.gather import gathered, gathered_rows
+from umbif.pretrain.losses import Identity, info_nce
+
+
+@dataclass(frozen=True)
+class ContrastOptions:
+    """How views are compared.
+
+    Args:
+        temperature: Of the softmax.
+        projector_dim: D.
+        projector_hidden: Width of the projector's hidden layers; null for twice the encoder's.
+        projector_depth: Layers of the projector.
+        queue_size: Earlier keys that are negatives too; 0 for those of the batch alone.
+        same_person_negatives: Let other exams of one person be negatives.
+    """
+
+    temperature: float = 0.2
+    projector_dim: int = 128
+    projector_hidden: int | None = None
+    projector_depth: int = 3
+    queue_size: int = 0
+    same_person_negatives: bool = False
+
+
+class Contrast(nn.Module):
+    """Projects pooled features and matches views.
+
+    Args:
+        width: Of the pooled features.
+        options: See there.
+    """
+
+    def __init__(self, width: int, options: ContrastOptions) -> None:
+        super().__init__()
+        hidden = options.projector_hidden or 2 * width
+        self.options = options
+        self.projector = projector(width, hidden, options.projector_dim, options.projector_depth)
+        self.queue = Queue(options.queue_size, options.projector_dim)
+
+    def forward(self, pooled: Tensor, who: Identity, keys: Tensor | None = None) -> Tensor:
+        """Loss of each view, (B,).
+
+        Args:
+            pooled: (B, E).
+            who: Of each row.
+            keys: (B, D) projections of the same views by a moving average; default, those of `pooled`.
+
+        The mean over ranks of the means is the loss of the joined batch, and so are its gradients under data-parallel
+        averaging.
+        """
+        whose = Identity(gathered_rows(who.rows))
+        query = standardised(self.projector(pooled), whose.valid)
+        key = gathered(query) if keys is None else gathered_rows(standardised(keys, whose.valid))
+        if self.training:
+            self.queue.note(key, whose)
+            key, whose = self.queue.joined(key, whose)
+        options = self.options
+        return info_nce(
+            query, key, who, whose, temperature=options.temperature,
+            same_person_negatives=options.same_person_negatives,
+        )  # fmt: skip
+
+
+class Queue(nn.Module):
+    """The last keys of accepted steps, in the order of slots whatever the number of ranks.
+
+    Args:
+        size: Keys that are remembered.
+        dim: D.
+    """
+
+    key: Tensor
+    whose: Tensor
+    next_row: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.noted: list[tuple[Tensor, Tensor]] = []
+        self.register_buffer("key", torch.zeros(size, dim))
+        self.register_buffer("whose", torch.zeros(size, 4, dtype=torch.int64))  # rows of Identity; none is valid yet
+        self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
+
+    def note(self, key: Tensor, whose: Identity) -> None:
+        """Remembers the keys (K, D) of a micro-batch until its step is accepted or dropped."""
+        if self.size:
+            self.noted.append((key.detach(), whose.rows))
+
+    def settle(self, accepted: bool) -> None:
+        """Takes what was noted, or forgets it: keys of a broken step must never be anyone's negatives."""
+        noted, self.noted = self.noted, []
+        for key, whose in noted if accepted else ():
+            num = min(len(key), self.size)
+            rows = (self.next_row + torch.arange(num, device=key.device)) % self.size
+            self.key[rows], self.whose[rows] = key[-num:], whose[-num:]
+            self.next_row.copy_((self.next_row + num) % self.size)
+
+    def joined(self, key: Tensor, whose: Identity) -> tuple[Tensor, Identity]:
+        """The keys of the batch, and then those of the queue."""
+        if not self.size:
+            return key, whose
+        return torch.cat([key, self.key]), Identity(torch.cat([whose.rows, self.whose]))
+
+
+class MovingAverage(nn.Module):
+    """Copies of modules that follow them slowly, and never a gradient.
+
+    Args:
+        decay: Share of itself that an average keeps at a step.
+        modules: What to follow, by name.
+    """
+
+    def __init__(self, decay: float, **modules: nn.Module) -> None:
+        super().__init__()
+        self.decay = decay
+        self.average = nn.ModuleDict({name: copy.deepcopy(module) for name, module in modules.items()})
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def follow(self, **modules: nn.Module) -> None:
+        """One step towards the modules as they are now."""
+        for name, module in modules.items():
+            own = self.average[name]
+            torch._foreach_lerp_([*own.parameters()], [*module.parameters()], 1 - self.decay)
+            for mine, theirs in zip(own.buffers(), module.buffers(), strict=True):
+                mine.copy_(theirs)
+
+
+def projector(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
+    """As in MoCo v3 (Chen et al. 2021, arXiv:2104.02057), with layer norms: no statistics to share."""
+    widths = [width, *[hidden] * (depth - 1)]
+    inner = [[nn.Linear(a, b), norm(b), nn.GELU()] for a, b in pairwise(widths)]
+    return nn.Sequential(*(layer for layers in inner for layer in layers), nn.Linear(widths[-1], out))
+
+
+def standardised(projection: Tensor, everywhere: Tensor) -> Tensor:
+    """Projections (B, D) with mean 0 and variance 1 in each dimension, over the valid rows of all ranks.
+
+    Without it all projections start out nearly parallel, and the contrast stays at that of guessing.
+
+    Args:
+        projection: Of this rank.
+        everywhere: Which rows of all ranks are valid.
+    """
+    z, weight = gathered(projection.float()), everywhere[:, None].float()
+    num = weight.sum()
+    mean = (z * weight).sum(0) / num.clamp_min(1)
+    variance = ((z - mean).square() * weight).sum(0) / (num - 1).clamp_min(1)
+    return (projection - mean) / (variance.clamp_min(1e-12).sqrt() + 1e-4)

@@ -1,0 +1,38 @@
+"""The rows of all ranks, with their gradients: what makes a contrast over ranks that of the joined batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Rows (B, …) of this rank to those of all ranks, in their order; each rank's rows get the gradients of all."""
+    return _Gather.apply(values) if _distributed() else values
+
+
+def gathered_rows(values: Tensor) -> Tensor:
+    """The same without a gradient."""
+    return _joined(values) if _distributed() else values
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _joined(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous()
+        torch.distributed.all_reduce(total)
+        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def _joined(values: Tensor) -> Tensor:
+    everywhere = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everywhere, values.contiguous())
+    return torch.cat(everywhere)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
