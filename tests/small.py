@@ -31,6 +31,7 @@ def small_recipe(name: str, corpus: Path, run_dir: Path, *overrides: str, max_st
         "hardware=cpu", "data.crop_size=[16,16,16]", f"data.corpus={corpus}", f"run.dir={run_dir}",
         "data.global_batch_size=4", "data.num_workers=0", "data.num_val_exams=4", f"trainer.max_steps={max_steps}",
         "trainer.log_every_n_steps=1", "model.warmup_steps=2", "model.contrast.projector_dim=16",
+        "trainer.val_check_interval=2",
         "callbacks.checkpoint.every_n_steps=100",
     ]  # fmt: skip
     if "network" in large["model"]["encoder"]:

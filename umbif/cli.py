@@ -165,15 +165,25 @@ def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
         following(f"umbif fit {group}/idh data.corpus={corpus} model.encoder.weights={folder}")
 
 
-@app.command(epilog=example("umbif report runs/idh runs/mgmt -o report.html"))
+@app.command(
+    epilog=example(
+        "umbif report runs/idh runs/mgmt -o report.html",
+        "umbif report runs/umbif_vitb                  curves and pictures of a pretraining run, also while it runs",
+    )
+)
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders with predictions.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders with predictions, or one of a pretraining.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Default: in the first run.")] = None,
 ) -> None:
-    """Statistics, comparisons and figures of predictions, as one HTML page. Needs no GPU."""
-    from umbif.evaluation.report import write_report
+    """Statistics, comparisons and figures of predictions, as one HTML page; of a pretraining, its curves. No GPU."""
+    from umbif.pretrain.run_page import has_page, write_run_page
 
-    page = write_report(runs, output or runs[0] / "report.html")
+    if len(runs) == 1 and has_page(runs[0]):
+        page = write_run_page(runs[0], output)
+    else:
+        from umbif.evaluation.report import write_report
+
+        page = write_report(runs, output or runs[0] / "report.html")
     print(f"Wrote {page}")
     following(f"python -m webbrowser {page}")
 

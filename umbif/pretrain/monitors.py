@@ -30,8 +30,10 @@ from umbif.pretrain.pictures import VISIBLE_SHARE, held_out_exam, write_reconstr
 from umbif.stream.exams import Exams, Sample, collate, most_sequences, person_codes, read_view
 from umbif.stream.modules import PretrainData, exams_of_split
 from umbif.stream.order import Triple, View
+from umbif.stream.philox import uniform
 
 EXAMS_AT_ONCE = 8
+PATCHES = 40  # purpose of the draw of patches: independent of all others
 log = logging.getLogger("umbif")
 
 
@@ -52,6 +54,8 @@ class Monitors(Callback):
         labels: Columns of the corpus' table of exams. Their values are the classes as they stand there, blanks are
             missing; classes of fewer than five persons are left out.
         neighbours: That vote about an exam.
+        max_tokens: Random patches of an exam that are encoded, the same each time: all of them would cost many times a
+            training step.
         pictures_every_n_steps: Optimiser steps between two reconstructions of one held-out exam; null draws none.
         seed: Of the choice of exams.
     """
@@ -62,10 +66,12 @@ class Monitors(Callback):
         num_exams: int = 64,
         labels: Sequence[str] = ("idh",),
         neighbours: int = 5,
+        max_tokens: int = 128,
         pictures_every_n_steps: int | None = 5000,
         seed: int = 0,
     ) -> None:
         self.every_n_steps, self.num_exams, self.labels = every_n_steps, num_exams, tuple(labels)
+        self.max_tokens = max_tokens
         self.neighbours, self.pictures_every_n_steps, self.seed = neighbours, pictures_every_n_steps, seed
         self.panel: Panel | None = None
         self.pictured: Exams | None = None
@@ -108,7 +114,7 @@ class Monitors(Callback):
 
     def _ask(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         self.panel = panel = self.panel or read_panel(trainer.datamodule, self.labels, self.num_exams, self.seed)
-        features = as_forward(module, lambda: encode(module, panel.batches))
+        features = as_forward(module, lambda: encode(module, panel.batches, self.max_tokens))
         return panel.values(features, self.neighbours) if trainer.is_global_zero else {}
 
     def _draw(self, trainer: pl.Trainer, module: Any) -> None:
@@ -182,9 +188,12 @@ def centre_crop(corpus: Corpus, exam: int, size: Triple) -> Sample:
     return {**sample, "exam": exam, "person": 0, "slot": 0, "view": 0}
 
 
-def encode(module: Any, batches: Sequence[Exams]) -> npt.NDArray[np.float32]:
+def encode(module: Any, batches: Sequence[Exams], max_tokens: int) -> npt.NDArray[np.float32]:
     """Pooled features (N, E) of the encoder that is being trained."""
-    pooled = [module.encoder.forward_features(batch.to(module.device))[2].float().cpu() for batch in batches]
+    pooled = []
+    for batch in (exams.to(module.device) for exams in batches):
+        scores = uniform(batch.seed, batch.exam, batch.view, PATCHES, module.encoder.num_patches(batch))
+        pooled.append(module.encoder.forward_features(batch, scores=scores, budget=max_tokens)[2].float().cpu())
     return torch.cat(pooled).numpy()
 
 

@@ -1,6 +1,7 @@
 """The page of a training run, while it trains, at its end or after it was cut off: curves, pictures, warnings."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -263,9 +264,7 @@ def findings(run: Run) -> list[str]:
     """What a person should look into, plainly; empty where nothing stands out."""
     found = []
     if run.num_skipped:
-        share = (
-            "" if run.num_skipped < MANY_SKIPPED * run.steps else " That is many: lower model.lr."
-        )
+        share = "" if run.num_skipped < MANY_SKIPPED * run.steps else " That is many: lower model.lr."
         found.append(f"{run.num_skipped:,} of {run.steps:,} steps were skipped by the guard; log.txt says why.{share}")
     if (wait := _recent(run, "throughput/data_wait")) is not None and wait > INPUT_BOUND:
         found.append(f"Training waits for data {wait:.0%} of its time: it is input bound. Raise data.num_workers.")
@@ -330,11 +329,4 @@ def _encoder(folder: Path) -> dict[str, Any]:
             shapes: Sequence[Sequence[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
     except SafetensorError:
         return config
-    return {**config, "num_parameters": sum(_product(shape) for shape in shapes)}
-
-
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
+    return {**config, "num_parameters": sum(math.prod(shape) for shape in shapes)}
