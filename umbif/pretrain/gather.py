@@ -16,6 +16,13 @@ def gathered_rows(values: Tensor) -> Tensor:
     return _joined(values) if _distributed() else values
 
 
+def summed(values: Tensor) -> Tensor:
+    """The sum of the values of all ranks, without a gradient."""
+    if _distributed():
+        torch.distributed.all_reduce(values)
+    return values
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from umbif.pretrain.gather import summed
 from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import Patches
 
@@ -39,11 +40,10 @@ class TargetErrors:
         return self.error.where(self.valid, 0).sum(1) / self.valid.sum(1).clamp_min(1)
 
     def by_sequence(self) -> dict[str, Tensor]:
-        """Mean over the valid targets of each sequence that the batch asked for."""
+        """Mean over the valid targets of each sequence that the batch asked for, over all ranks."""
         which, error = self.sequence[self.valid], self.error[self.valid]
-        total, count = (
-            error.new_zeros(len(SEQUENCES)).index_add(0, which, values) for values in (error, torch.ones_like(error))
-        )
+        sums = error.new_zeros(2, len(SEQUENCES)).index_add(1, which, torch.stack([error, torch.ones_like(error)]))
+        total, count = summed(sums.detach())
         return {name: total[i] / count[i] for i, name in enumerate(SEQUENCES) if count[i]}
 
 

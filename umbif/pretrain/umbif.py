@@ -117,7 +117,7 @@ class UMBIF(pl.LightningModule):
         self.log_dict(values, batch_size=len(exams), sync_dist=True)
         if losses.targets is not None:
             by_sequence = {f"val/reconstruction_{name}": e for name, e in losses.targets.by_sequence().items()}
-            self.log_dict(by_sequence, batch_size=len(exams))
+            self.log_dict(by_sequence, batch_size=len(exams), sync_dist=True)
 
     def losses(self, exams: Exams) -> Losses:
         """Each loss of each view, and their weighted sum."""
