@@ -128,6 +128,7 @@ def test_the_moving_average_keeps_its_share_and_never_a_gradient():
     assert torch.allclose(average.average["layer"].weight, 0.9 * before + 0.1 * other.weight)
     assert not any(p.requires_grad for p in average.parameters())
     assert torch.equal(layer.weight, before)
+    assert not average.train().average["layer"].training
 
 
 def test_keys_of_a_moving_average_get_no_gradient():

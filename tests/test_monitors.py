@@ -2,16 +2,20 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small import small_recipe
+from lightning.pytorch.plugins.precision import Precision
+from small import small_recipe, small_umbif, views
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from umbif.encoders.probing import feature_std, knn_accuracy, linear_probe, rank_me
 from umbif.encoders.vit import ViT3D
 from umbif.fit import fit
+from umbif.pretrain.monitors import choose, undisturbed, verbatim
 from umbif.scale.throughput import StepCounter, attention_flops, measured_flops
 
 RNG = np.random.default_rng(0)
@@ -63,24 +67,32 @@ def test_too_few_persons_of_a_class_is_no_answer(labels):
     assert math.isnan(knn_accuracy(features, np.array(labels), np.arange(30), neighbours=3))
 
 
-def test_watching_changes_no_weight(corpus_folder, tmp_path):
-    extra = ["model.encoder.drop_path=0.3"]  # draws random numbers
-    watched = fit(small_recipe("pretrain/umbif_tiny", corpus_folder, tmp_path / "a", *extra, *MONITORS, max_steps=4))
-    alone = fit(small_recipe("pretrain/umbif_tiny", corpus_folder, tmp_path / "b", *extra, "callbacks.monitors=null",
-                             max_steps=4))  # fmt: skip
-    weights = [(run / "encoder/model.safetensors").read_bytes() for run in (watched, alone)]
+@pytest.fixture(scope="module")
+def runs(corpus_folder, tmp_path_factory) -> list[Path]:
+    """The same run, watched and alone."""
+    folder = tmp_path_factory.mktemp("runs")
+    ways = {"watched": MONITORS, "alone": ["callbacks.monitors=null"]}
+    extra = "model.encoder.drop_path=0.3"  # draws random numbers
+    return [
+        fit(small_recipe("pretrain/umbif_tiny", corpus_folder, folder / name, extra, *way, max_steps=4))
+        for name, way in ways.items()
+    ]
+
+
+def test_watching_changes_no_weight(runs):
+    weights = [(run / "encoder/model.safetensors").read_bytes() for run in runs]
     assert weights[0] == weights[1]
-    metrics, bare = (pd.read_csv(run / "metrics.csv") for run in (watched, alone))
+    metrics, bare = (pd.read_csv(run / "metrics.csv") for run in runs)
     assert metrics["train/loss"].tolist() == bare["train/loss"].tolist()
+    assert not any(column.startswith("monitor/") for column in bare)
+
+
+def test_a_watched_run_says_what_it_saw(runs):
+    metrics = pd.read_csv(runs[0] / "metrics.csv")
     assert metrics["monitor/rank_me"].between(1, 5).all()
     assert metrics["monitor/time_share"].iloc[-1] > 0
-    assert not any(column.startswith("monitor/") for column in bare)
-    assert (watched / "figures").glob("reconstruction_*.png")
-
-
-def test_labels_that_cannot_be_asked_are_named_once(corpus_folder, tmp_path):
-    run = fit(small_recipe("pretrain/umbif_tiny", corpus_folder, tmp_path / "run", *MONITORS))
-    said = [line for line in (run / "log.txt").read_text().splitlines() if "monitors do without" in line]
+    assert {event.step for event in pictures_of(runs[0] / "tensorboard")} == {2, 4}
+    said = [line for line in (runs[0] / "log.txt").read_text().splitlines() if "monitors do without" in line]
     assert len(said) == 1
     assert "none" in said[0]
     assert "The corpus has:" in said[0]
@@ -105,21 +117,74 @@ def test_flops_of_a_forward_and_its_backward_are_those_of_the_formula():
     assert attention_flops(*[torch.empty(1, 2, 8, 16)] * 3) == 2 * 16 * 8 * 32
 
 
-def test_throughput_stands_in_the_metrics(corpus_folder, tmp_path):
-    run = fit(small_recipe("pretrain/umbif_tiny", corpus_folder, tmp_path / "run", max_steps=4))
-    metrics = pd.read_csv(run / "metrics.csv")
+def test_throughput_stands_in_the_metrics(runs):
+    metrics = pd.read_csv(runs[1] / "metrics.csv")
+    assert metrics["throughput/exams_per_s"].isna().tolist() == [True, False, False, False]  # the first step counts
     assert (metrics["throughput/exams_per_s"].dropna() > 0).all()
     assert metrics["throughput/mfu"].dropna().between(0, 1).all()
     assert metrics["throughput/data_wait"].dropna().between(0, 1).all()
     assert {"train/lr", "train/gradient_norm", "val/reconstruction_t1"} <= set(metrics)
-    assert "GFLOP" in (run / "log.txt").read_text()
+    assert "GFLOP" in (runs[1] / "log.txt").read_text()
     assert measured_flops(torch.float32) > 1e8
 
 
-def test_a_compiled_run_is_counted_too(corpus_folder, tmp_path):
+def test_counting_changes_no_number(corpus):
+    found = []
+    for counts in (False, True):
+        module, counter = small_umbif(), StepCounter()
+        if counts:
+            counter.start()
+        loss = module.losses(views(corpus, range(3))).total.mean()
+        counter.stop()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in module.parameters())])
+        assert (counter.flops > 0) == counts
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_compiled_block_is_counted_as_what_it_computes():
+    blocks = [ViT3D(patch_size=4, patch_mm=4.0, embed_dim=48, depth=1, num_heads=4).blocks[0] for _ in range(2)]
+    blocks[1].compile(backend="aot_eager")
     counts = []
-    for backend in ("null", "aot_eager"):
-        run = fit(small_recipe("pretrain/mae", corpus_folder, tmp_path / backend, f"model.compile_backend={backend}"))
-        counts.append(next(line.split("takes ")[1].split(" on")[0] for line in
-                           (Path(run) / "log.txt").read_text().splitlines() if "GFLOP" in line))  # fmt: skip
-    assert counts[0] == counts[1]
+    for block in blocks:
+        block(torch.randn(2, 24, 48))  # compiled before it is counted
+        counter = StepCounter()
+        counter.start()
+        block(torch.randn(2, 24, 48))
+        counter.stop()
+        counts.append(counter.flops)
+    assert counts[0] == counts[1] > 0
+
+
+def test_modes_gradients_and_random_numbers_are_as_they_were(corpus):
+    module = small_umbif()
+    module.decoder.eval()  # a part that someone has frozen
+    next(module.parameters()).grad = torch.ones_like(next(module.parameters()))
+    trainer = SimpleNamespace(precision_plugin=Precision())
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    with undisturbed(trainer, module):
+        assert not any(part.training for part in module.modules())
+        assert not torch.is_grad_enabled()
+        torch.rand(100)
+    assert torch.equal(torch.rand(3), expected)
+    assert module.encoder.training
+    assert not module.decoder.training
+    assert next(module.parameters()).grad.min() == 1
+
+
+def test_classes_are_what_the_table_says():
+    column = pd.Series([" a", "b", None, float("nan"), "", 2])
+    assert verbatim(column).tolist() == ["a", "b", "", "", "", "2"]
+    rows, labelled = np.arange(100), np.where(np.arange(100) % 4 == 0, "a", "")
+    chosen = choose(rows, [labelled], 10, seed=0)
+    assert len(chosen) == 10
+    assert (chosen % 4 == 0).all()
+    assert chosen.tolist() == choose(rows, [labelled], 10, seed=0).tolist()
+    assert len(choose(rows, [], 10, seed=0)) == 10
+
+
+def pictures_of(folder: Path) -> list:
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    return [event for tag in events.Tags()["images"] for event in events.Images(tag)]

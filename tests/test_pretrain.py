@@ -3,6 +3,7 @@
 import math
 from dataclasses import fields, replace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from small import small_umbif, train_once, views
@@ -120,10 +121,12 @@ def test_two_views_of_one_place_differ_in_intensity_unless_switched_off(corpus, 
     assert torch.equal(off[0], off[1])
 
 
-def test_lr_grows_with_what_a_step_takes():
-    lrs = [small_umbif(lr=1.0, global_batch_size=n).configure_optimizers()["optimizer"].param_groups[0]["lr"]
-           for n in (64, 256)]  # fmt: skip
-    assert lrs[1] == pytest.approx(4 * lrs[0])
+@pytest.mark.parametrize(("batch_size", "accumulated"), [(64, 1), (256, 1), (64, 4)])
+def test_lr_grows_with_what_a_step_takes(batch_size, accumulated):
+    module = small_umbif(lr=1.0, warmup_steps=0, global_batch_size=batch_size)
+    module.trainer = pl.Trainer(accelerator="cpu", logger=False, accumulate_grad_batches=accumulated)
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([batch_size * accumulated / 256] * len(groups))
 
 
 def test_compiled_blocks_give_the_same_losses(batch):

@@ -41,6 +41,14 @@ def test_a_run_that_was_cut_off_has_a_page(tmp_path):
     assert "RankMe" not in text
 
 
+def test_a_norm_that_is_not_finite_is_left_out_and_a_spike_does_not_flatten_the_rest(tmp_path):
+    norms = ["0.3", "inf", "nan", "900", "0.3", "0.2"]
+    rows = "".join(f"{step},{norm}\n" for step, norm in enumerate(norms))
+    (tmp_path / "metrics.csv").write_text("step,train/gradient_norm\n" + rows)
+    assert read_run(tmp_path).values("train/gradient_norm").tolist() == [0.3, 900, 0.3, 0.2]
+    assert "Gradient norm" in write_run_page(tmp_path).read_text()
+
+
 @pytest.mark.parametrize(
     ("column", "values", "said"),
     [

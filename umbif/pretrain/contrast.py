@@ -8,6 +8,7 @@ Shapes: B exams × views of this rank, K keys, D dimensions of a projection.
 import copy
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,10 @@ class MovingAverage(nn.Module):
         self.decay = decay
         self.average = nn.ModuleDict({name: copy.deepcopy(module) for name, module in modules.items()})
         self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Never: what an average sees is not dropped."""
+        return super().train(False)
 
     @torch.no_grad()
     def follow(self, **modules: nn.Module) -> None:

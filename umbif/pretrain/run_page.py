@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -55,10 +56,11 @@ class Run:
         return None if values.empty else float(values.iloc[-1])
 
     def values(self, column: str) -> "pd.Series[float]":
-        """The values of a column by step, without gaps; empty where there is no such column."""
+        """The finite values of a column by step, without gaps; empty where there is no such column."""
         if column not in self.metrics:
             return pd.Series(dtype=float)
-        return pd.to_numeric(self.metrics[column], errors="coerce").dropna()
+        values = pd.to_numeric(self.metrics[column], errors="coerce")
+        return values[np.isfinite(values)]  # a skipped step leaves a norm that no axis can hold
 
     @property
     def steps(self) -> int:

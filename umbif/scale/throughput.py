@@ -21,7 +21,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 FORWARD_AND_BACKWARD = 3
-MATMUL_SIDE, MATMUL_TRIES = 1024, 5
+MATMUL_SIDES, MATMUL_TRIES = (256, 1024), 10
+SLOW_FLOPS = 1e10  # half precision on many CPUs: a large product would take seconds
 DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 # Dense, by NVIDIA's data sheets: Lightning's table holds what these reach with sparsity, or two cards together.
 PEAKS_TFLOPS = {
@@ -206,11 +207,17 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def measured_flops(dtype: torch.dtype) -> float:
-    """Best rate of a few products of 1024 × 1024 matrices, with the threads in use."""
-    a = torch.ones(MATMUL_SIDE, MATMUL_SIDE, dtype=dtype)
-    times_s = []
-    for _ in range(MATMUL_TRIES):
-        begun = time.perf_counter()
-        a @ a
-        times_s.append(time.perf_counter() - begun)
-    return 2 * MATMUL_SIDE**3 / min(times_s)
+    """Best rate of a few products of 1024 × 1024 matrices, with the threads in use; of smaller ones if they are slow."""
+    rate = 0.0
+    for side in MATMUL_SIDES:
+        a = torch.ones(side, side, dtype=dtype)
+        rate = 2 * side**3 / min(_product_s(a) for _ in range(MATMUL_TRIES))
+        if rate < SLOW_FLOPS:
+            break
+    return rate
+
+
+def _product_s(a: torch.Tensor) -> float:
+    begun = time.perf_counter()
+    a @ a
+    return time.perf_counter() - begun
