@@ -25,6 +25,11 @@ class Masks:
     target: Tensor  # (B, T)
     target_valid: Tensor  # (B, T) bool
 
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Indices (B, V + T) and which are valid: what is read and augmented, once for both."""
+        index = torch.cat([self.visible, self.target], dim=1)
+        return index, torch.cat([self.visible_valid, self.target_valid], dim=1)
+
 
 @dataclass(frozen=True)
 class Masking:

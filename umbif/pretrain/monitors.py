@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from matplotlib.image import imread
+from torch.distributed.fsdp import FSDPModule
 
 from umbif.corpus.shards import BRAIN, Corpus
 from umbif.encoders.probing import MIN_PERSONS, MISSING, answerable, feature_std, knn_accuracy, linear_probe, rank_me
@@ -228,6 +229,8 @@ def undisturbed(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Non
         finally:
             for part, training in modes:
                 part.training = training
+                if isinstance(part, FSDPModule):
+                    part.reshard()  # without a backward nothing else gives gathered weights back
 
 
 def _finish_training_step(module: pl.LightningModule) -> None:

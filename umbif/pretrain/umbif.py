@@ -123,12 +123,12 @@ class UMBIF(pl.LightningModule):
         """Each loss of each view, and their weighted sum."""
         exams, grid = self.encoder.grid(exams)
         masks = self.masking.draw(exams, grid) if self.encoder.can_mask else everything(grid)
-        visible = self.augmentation(gather(exams, grid, masks.visible, masks.visible_valid), exams)
+        chosen = self.augmentation(gather(exams, grid, *masks.joined()), exams)
+        visible, asked = chosen.split(masks.visible.shape[1])
         tokens, _, pooled = self.encoder(visible)
         parts: dict[str, Tensor] = {}
         total, targets = torch.zeros(len(exams), device=tokens.device), None
         if self.reconstruction_weight:
-            asked = self.augmentation(gather(exams, grid, masks.target, masks.target_valid), exams)
             predicted = self.decoder(tokens, visible, asked)
             targets = TargetErrors.of(predicted, asked)
             parts["reconstruction"] = targets.by_exam()
@@ -157,8 +157,7 @@ class UMBIF(pl.LightningModule):
         exams, grid = self.encoder.grid(exams)
         num = max(1, int(int(grid.available.sum(1).max()) * visible_share))
         masks = Masking(num, 1.0, num_targets=None, column_share=self.masking.column_share).draw(exams, grid)
-        visible = gather(exams, grid, masks.visible, masks.visible_valid)
-        target = gather(exams, grid, masks.target, masks.target_valid)
+        visible, target = gather(exams, grid, *masks.joined()).split(masks.visible.shape[1])
         predicted = self.decoder(self.encoder(visible)[0], visible, target)
         variance, mean = torch.var_mean(target.voxels.flatten(2), dim=-1, keepdim=True)
         voxels = predicted * (variance + 1e-6).sqrt() + mean

@@ -207,7 +207,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def measured_flops(dtype: torch.dtype) -> float:
-    """Best rate of a few products of 1024 × 1024 matrices, with the threads in use; of smaller ones if they are slow."""
+    """Best rate of a few products of 1024 × 1024 matrices, with the threads in use; smaller ones if they are slow."""
     rate = 0.0
     for side in MATMUL_SIDES:
         a = torch.ones(side, side, dtype=dtype)

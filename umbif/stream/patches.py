@@ -5,7 +5,7 @@ Shapes: B exams × views, S sequences, N patches of a crop, V chosen patches ove
 the edges of a patch, P voxels of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -35,6 +35,12 @@ class Patches:
     sequence: Tensor  # (B, V) int64, index into SEQUENCES
     entry: Tensor  # (B, V) int64, index into S
     valid: Tensor  # (B, V) bool: False where an exam had fewer than V
+
+    def split(self, num: int) -> tuple[Self, Self]:
+        """The first `num` patches of each exam, and the others."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        first, others = ({name: part[:, cut] for name, part in parts.items()} for cut in (slice(num), slice(num, None)))
+        return type(self)(**first), type(self)(**others)
 
     def mirrored(self, chosen: Tensor) -> Self:
         """The patches of the mirrored head (left for right), where `chosen` (B,)."""
