@@ -39,6 +39,19 @@ def test_mistakes_are_answered(
     assert len(err.splitlines()) <= 6, err
 
 
+def test_hardware_that_is_not_there_is_answered_and_claims_no_folder(
+    corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    wrong = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", "hardware=8gpu"]
+    code, _, err = run([*FIT, *wrong], monkeypatch, capsys)
+    assert code == 2
+    assert "this machine cannot do what trainer asks" in err
+    assert "hardware=cpu" in err
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
 def test_a_corrupt_yaml_file_is_answered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -54,8 +54,17 @@ def test_the_probe_finds_what_is_there_and_nothing_else():
     persons = np.arange(80)
     signal = np.where(labels == "a", 2.0, -2.0)[:, None] + RNG.normal(size=(80, 4))
     assert linear_probe(signal, labels, persons) > 0.99
-    noise = [linear_probe(RNG.normal(size=(80, 4)), labels, persons) for _ in range(5)]
-    assert np.mean(noise) == pytest.approx(0.5, abs=0.12)
+    noise = [linear_probe(RNG.normal(size=(80, 30)), labels, persons) for _ in range(5)]
+    assert np.mean(noise) == pytest.approx(0.5, abs=0.12)  # 30 numbers tell 80 exams that were fitted
+    twins = [
+        linear_probe(
+            np.repeat(RNG.normal(size=(40, 60)), 2, axis=0),
+            np.repeat(RNG.permutation(labels[:40]), 2),
+            np.repeat(np.arange(40), 2),
+        )
+        for _ in range(5)
+    ]
+    assert np.mean(twins) == pytest.approx(0.5, abs=0.15)  # near 1 if a person stood on both sides
     three = np.array(["a", "b", "c"] * 20)
     assert linear_probe(np.eye(3)[[0, 1, 2] * 20] + 0.1 * RNG.normal(size=(60, 3)), three, np.arange(60)) > 0.99
 

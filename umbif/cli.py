@@ -39,10 +39,12 @@ def ls(group: Annotated[str | None, typer.Argument(help="prepare, pretrain, fine
 
     from umbif.recipe import compose, list_recipes
 
+    names = list_recipes(group)
     table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "what it does", "hardware"):
+    table.add_column("recipe", min_width=max(map(len, names)))
+    for column in ("what it does", "hardware"):
         table.add_column(column)
-    for name in list_recipes(group):
+    for name in names:
         about = compose(name).about
         table.add_row(name, str(about.get("summary", "")), str(about.get("hardware", "")))
     console.print(table)

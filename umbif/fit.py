@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from umbif.encoders.weights import CONFIG
 from umbif.errors import Problem, UmbifError, UsageError
@@ -62,9 +63,9 @@ def _train(recipe: Recipe, folder: Path) -> None:
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
     check_scale(built)
+    trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
     if is_leader():
         write_provenance(folder, recipe)
-    trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
     if resume is not None:
         console.print(f"Going on from step {step_of(resume)} of {folder}")
     log.info("training starts at step %s", step_of(resume) if resume else 0)
@@ -90,6 +91,10 @@ def _last_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1]
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
 def check_scale(built: Built) -> None:
     """Refuses an encoder for another voxel size, where positions and shapes would be wrong without a word.
 
@@ -111,26 +116,34 @@ def check_scale(built: Built) -> None:
 
 
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:
-    """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else."""
+    """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else.
+
+    Raises:
+        UsageError: The recipe asks for hardware that is not there.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
         loggers = [MetricsCSV(folder, step_of(resume)), TensorBoardLogger(str(folder), "tensorboard", "")]
-    return pl.Trainer(
-        **{
-            "max_epochs": -1,  # the stream is endless: steps are what ends it
-            "enable_model_summary": False,
-            "enable_progress_bar": False,  # ours knows the steps
-            "num_sanity_val_steps": 0,
-            "check_val_every_n_epoch": None,
-            **options,
-        },
-        use_distributed_sampler=False,  # Lightning's own shuffles even where it was told not to
-        enable_checkpointing=True,
-        default_root_dir=str(folder),
-        logger=loggers,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
-    )
+    try:
+        return pl.Trainer(
+            **{
+                "max_epochs": -1,  # the stream is endless: steps are what ends it
+                "enable_model_summary": False,
+                "enable_progress_bar": False,  # ours knows the steps
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,
+                **options,
+            },
+            use_distributed_sampler=False,  # Lightning's own shuffles even where it was told not to
+            enable_checkpointing=True,
+            default_root_dir=str(folder),
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
+        )
+    except MisconfigurationException as error:
+        cure = "Run it where that hardware is, or choose another part, such as hardware=cpu"
+        raise UsageError(Problem("this machine cannot do what trainer asks", _first_line(error), cure)) from error
 
 
 def step_of(checkpoint: Path | None) -> int:
