@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small import small_recipe
 
+from umbif.cli import report
 from umbif.errors import UsageError
 from umbif.fit import fit
 from umbif.pretrain.run_page import findings, has_page, read_run, write_run_page
@@ -77,3 +78,13 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
     assert not has_page(tmp_path)
     with pytest.raises(UsageError, match=r"no metrics\.csv"):
         write_run_page(tmp_path)
+
+
+def test_runs_of_two_kinds_are_not_mixed(tmp_path):
+    for name, file in (("pretrained", "metrics.csv"), ("tuned", "predictions.parquet")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("step,slot\n")
+    with pytest.raises(UsageError, match=r"curves and no predictions.*pretrained"):
+        report([tmp_path / "tuned", tmp_path / "pretrained"])
+    report([tmp_path / "pretrained"])
+    assert (tmp_path / "pretrained" / "report.html").is_file()

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from umbif import __version__
-from umbif.errors import UmbifError
+from umbif.errors import Problem, UmbifError, UsageError
 from umbif.progress import console
 
 app = typer.Typer(
@@ -180,7 +180,11 @@ def report(
     """Statistics, comparisons and figures of predictions, as one HTML page; of a pretraining, its curves. No GPU."""
     from umbif.pretrain.run_page import has_page, write_run_page
 
-    if len(runs) == 1 and has_page(runs[0]):
+    only_curves = [run for run in runs if has_page(run)]
+    if only_curves and len(runs) > 1:
+        cure = "Name such a run alone to see its curves, or leave it out"
+        raise UsageError([Problem("The run has curves and no predictions", str(run), cure) for run in only_curves])
+    if only_curves:
         page = write_run_page(runs[0], output)
     else:
         from umbif.evaluation.report import write_report
@@ -261,5 +265,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\numbif: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         raise SystemExit(130) from None
-
-
