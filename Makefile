@@ -32,7 +32,8 @@ docs: setup  ## Build the documentation into build/docs
 	@echo "Open build/docs/index.html"
 
 bench: setup  ## Run every benchmark in its short form
-	@shopt -s nullglob; files=(benchmarks/*.py); \
+	@.ci/setup bench
+	@shopt -s nullglob; files=(benchmarks/[!_]*.py); \
 	if (( $${#files[@]} == 0 )); then echo "There is no benchmark yet."; fi; \
 	for file in "$${files[@]}"; do echo "$$file"; $(BIN)/python "$$file" --quick $(ARGS) || exit; done
 

@@ -21,12 +21,12 @@ from umbif.stream.exams import CropDataset, Exams, collate
 CROP = (16, 16, 16)
 PRETRAINING = list_recipes("pretrain")
 VIT = {"patch_size": 8, "patch_mm": 16, "embed_dim": 48, "depth": 2, "num_heads": 4}
+CONVOLUTIONAL = {name for name in PRETRAINING if name.startswith("pretrain/simclr_")}
 PUBLIC = {"pretrain/ssl_imagenet", "pretrain/umbif_from_imagenet"}  # start from a file that a user brings
 
 
 def small_recipe(name: str, corpus: Path, run_dir: Path, *overrides: str, max_steps: int = 2) -> Recipe:
     """A recipe of `pretrain/`, whatever it is made for, for the tiny corpus and one CPU."""
-    large = compose(name).tree
     small = [
         "hardware=cpu", "data.crop_size=[16,16,16]", f"data.corpus={corpus}", f"run.dir={run_dir}",
         "data.global_batch_size=4", "data.num_workers=0", "data.num_val_exams=4", f"trainer.max_steps={max_steps}",
@@ -34,7 +34,7 @@ def small_recipe(name: str, corpus: Path, run_dir: Path, *overrides: str, max_st
         "trainer.val_check_interval=2",
         "callbacks.checkpoint.every_n_steps=100",
     ]  # fmt: skip
-    if "network" in large["model"]["encoder"]:
+    if name in CONVOLUTIONAL:
         small += ["model.encoder.voxel_mm=2", "data.global_batch_size=2", "model.contrast.projector_hidden=32"]
     else:
         small += [f"model.encoder.{key}={value}" for key, value in VIT.items()]

@@ -51,14 +51,16 @@ class Guard:
         Raises:
             UmbifError: Too many steps were dropped.
         """
-        norm = nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
         size = float(norm)
         reason = self._reason(size)
         self.accepted = not _on_any_rank(reason != "", norm.device)
         batches, self.batches = self.batches, []
         if math.isfinite(size):
             self.norms.append(size)  # also of a spike: what lasts is usual after a while
-        if not self.accepted:
+        if self.accepted and size > self.max_norm:
+            nn.utils.clip_grads_with_norm_(module.parameters(), self.max_norm, norm)
+        elif not self.accepted:
             optimizer.zero_grad(set_to_none=True)
             self._tell(module.global_step, reason or "another rank found it broken", batches)
         return norm
