@@ -1,0 +1,66 @@
+"""What every benchmark prints and writes: rows, the machine without its name, and the commit."""
+
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from umbif.machine import num_cores
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 140  # of a table in a file: a narrow one would cut its columns
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: of which work, by whom, and how many times that of the first contestant."""
+
+    work: str
+    contestant: str
+    value: float
+    unit: str
+    ratio: float | None
+
+
+def hardware(device: torch.device) -> str:
+    """The processor that does the work."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), flags=re.MULTILINE)
+    return f"{found[1].strip() if found else 'unknown CPU'}, {num_cores()} cores"
+
+
+def commit() -> str | None:
+    """Short name of the commit that is checked out; None outside of a repository."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, rows: Sequence[Row], device: torch.device) -> None:
+    """The rows, and where they come from."""
+    found = {"hardware": hardware(device), "commit": commit(), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH)).print(table)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
