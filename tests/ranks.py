@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from umbif.encoders.guard import Guard
+from umbif.errors import UmbifError
 from umbif.pretrain.contrast import Contrast, ContrastOptions
 from umbif.pretrain.losses import Identity
 
@@ -45,3 +47,21 @@ def two_steps(features: torch.Tensor, who: Identity) -> dict[str, object]:
     loss.mean().backward()
     gradients = {name: p.grad for name, p in contrast.named_parameters()}
     return {"loss": loss.detach(), "gradients": gradients, "queue": contrast.queue.whose}
+
+
+def guard_of_rank(rank: int, folder: Path) -> None:
+    """Writes what this rank decides about a step whose loss is broken on rank 1 alone, and what it says of it."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    layer = torch.nn.Linear(1, 1)
+    layer(torch.ones(1, 1)).sum().backward()
+    guard = Guard(max_norm=1.0, max_skipped=0)
+    losses = torch.tensor([1.0, float("nan") if rank == 1 else 1.0])
+    guard.batches.append((losses, torch.tensor([2 * rank, 2 * rank + 1]), torch.tensor([40 + rank, 50 + rank])))
+    layer.global_step = 7
+    try:
+        guard(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+        said = ""
+    except UmbifError as error:
+        said = str(error)
+    torch.save({"accepted": guard.accepted, "said": said, "gradient": layer.weight.grad}, folder / f"{rank}.pt")
+    dist.destroy_process_group()

@@ -8,6 +8,8 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch.multiprocessing as mp
+from ranks import guard_of_rank
 from small import PRETRAINING, small_recipe, small_umbif, train_once, views
 
 from umbif.encoders.guard import NUM_BEFORE_SPIKES, Guard
@@ -122,6 +124,15 @@ def test_a_resumed_guard_decides_alike():
     resumed = Guard(1.0, 10.0)
     resumed.load_state_dict(guard.state_dict())
     assert not step_with(resumed, layer, optimizer, 11.0)
+
+
+def test_a_step_that_one_rank_finds_broken_is_skipped_and_explained_on_all(tmp_path):
+    mp.start_processes(guard_of_rank, args=(tmp_path,), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert not found["accepted"]
+        assert found["gradient"] is None
+        assert "Not finite: exam 51 of the corpus (slot 3)" in found["said"]
 
 
 def test_the_gradient_is_clipped(batch):

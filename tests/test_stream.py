@@ -11,7 +11,7 @@ from umbif.errors import UsageError
 from umbif.pretrain.masking import COLUMNS, PLACES, TOKENS, Masking
 from umbif.stream.augment import BIAS, CURVE, FLIP, SCALE, Augmentation
 from umbif.stream.exams import SEQUENCES, CropDataset, Exams, WholeBrainDataset, collate, person_codes, read_view
-from umbif.stream.modules import Position, PretrainData, SlotBatches, data_loader, exams_of_split
+from umbif.stream.modules import Position, PretrainData, SlotBatches, affordable_workers, data_loader, exams_of_split
 from umbif.stream.order import View, draw_views, exam_of_slot, slots_of_rank
 from umbif.stream.patches import MIN_BRAIN, Patches, PatchGrid, choose, gather, patch_grid, scatter
 from umbif.stream.philox import philox, uniform
@@ -455,3 +455,47 @@ def blocks_to_voxels(patches: torch.Tensor) -> torch.Tensor:
     for axis in (2, 3, 4):
         patches = patches.repeat_interleave(PATCH, dim=axis)
     return patches
+
+
+def test_a_view_takes_no_more_sequences_than_told():
+    asked = {"sequences": ("t1", "t1ce", "t2", "flair"), "box": (20, 20, 20), "crop": (8, 8, 8), "num_views": 2}
+    policy = {"disjoint_share": 0.0, "keep_probability": 1.0}
+    found = [view.sequences for slot in range(60) for view in draw_views(0, slot, **asked, **policy, max_sequences=2)]
+    assert {len(sequences) for sequences in found} == {2}
+    assert {name for sequences in found for name in sequences} == set(asked["sequences"])
+    assert all(len(view.sequences) == 4 for view in draw_views(0, 0, **asked, **policy))
+
+
+def test_a_crop_around_a_tumour_holds_its_centre_in_the_middle_half_where_the_box_allows():
+    box, crop, focus = (60, 60, 14), (16, 16, 16), (30, 2, 7)
+    asked = {"sequences": ("t1",), "num_views": 2, "disjoint_share": 0.0, "keep_probability": 1.0}
+    views = (draw_views(0, slot, box=box, crop=crop, focus=focus, **asked) for slot in range(200))
+    starts = np.array([view.start for several in views for view in several])
+    inside = focus[0] - starts[:, 0]
+    assert inside.min() == 4
+    assert inside.max() == 12
+    assert set(starts[:, 1]) == {0}  # at the border the crop stays in the box
+    assert set(starts[:, 2]) == {-1}  # larger than the box: centred
+
+
+def test_exams_without_a_tumour_mask_are_left_out(corpus):
+    data = PretrainData(str(corpus.folder), crop_size=(8, 8, 8), around_tumour=True, num_val_exams=3, num_workers=0)
+    assert sorted(corpus.exams["exam"][row] for split in ("train", "test") for row in data.exams(split)) == [
+        "TINY/P1/1", "TINY/P4",
+    ]  # fmt: skip
+    assert len(data.dataset("train")[0]) == 2
+
+
+def test_validation_takes_what_is_held_out_also_where_it_is_less_than_a_batch(corpus):
+    data = PretrainData(str(corpus.folder), crop_size=(8, 8, 8), global_batch_size=64, num_workers=0)
+    held_out = len(data.exams("test"))
+    assert 0 < held_out < 64
+    assert [len(batch) for batch in data.val_dataloader()] == [2 * held_out]
+
+
+@pytest.mark.parametrize(("free_gib", "processes", "expected"), [(1000, 1, 8), (40, 1, 6), (40, 2, 3), (1, 1, 1)])
+def test_reading_processes_are_as_many_as_the_memory_holds(monkeypatch, free_gib, processes, expected):
+    monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: free_gib * 2**30)
+    assert affordable_workers(8, batch_bytes=2**30, num_processes=processes) == expected
+    monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: None)
+    assert affordable_workers(8, batch_bytes=2**30, num_processes=processes) == 8
