@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.autograd.graph import saved_tensors_hooks
@@ -36,11 +35,6 @@ def matmul_rate(device: torch.device) -> float:
     n, dtype = SIDE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / seconds(lambda: a @ a, device)
-
-
-def datasheet_rate(device: torch.device) -> float | None:
-    """What the maker promises in bf16, as Lightning lists it; None for a CPU or an unknown GPU."""
-    return get_available_flops(device, torch.bfloat16) if device.type == "cuda" else None
 
 
 def flops(run: Run) -> int:

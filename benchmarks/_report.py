@@ -46,9 +46,14 @@ def commit() -> str | None:
 
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device) -> None:
-    """The rows, and where they come from."""
-    found = {"hardware": hardware(device), "commit": commit(), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    """Adds rows to those that the same machine and commit left in the file; the same work replaces itself."""
+    source = {"hardware": hardware(device), "commit": commit()}
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    works = {row.work for row in rows}
+    kept["rows"] = [row for row in kept["rows"] if row["work"] not in works]
+    if kept["rows"] and source != {name: kept.get(name) for name in source}:
+        raise SystemExit(f"{path} holds numbers of another machine or commit: name another file, or move it away")
+    path.write_text(json.dumps({**source, "rows": [*kept["rows"], *map(asdict, rows)]}, indent=1) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> None:

@@ -36,6 +36,7 @@ def small_recipe(name: str, corpus: Path, run_dir: Path, *overrides: str, max_st
     ]  # fmt: skip
     if name in CONVOLUTIONAL:
         small += ["model.encoder.voxel_mm=2", "data.global_batch_size=2", "model.contrast.projector_hidden=32"]
+        small += ["data.max_sequences=1"]
     else:
         small += [f"model.encoder.{key}={value}" for key, value in VIT.items()]
         small += ["model.masking.num_visible=8", "model.masking.num_targets=8"]

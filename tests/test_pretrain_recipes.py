@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from small import PRETRAINING, small_recipe
+from small import CONVOLUTIONAL, PRETRAINING, small_recipe
 
 from umbif.encoders.weights import CONFIG, load_encoder_weights
 from umbif.fit import fit
@@ -59,7 +59,8 @@ def test_every_recipe_resumes_bit_for_bit(corpus_folder, name, tmp_path):
     """From the middle of a pass, in the warm-up, with accumulation, and after work that was lost within one."""
     name, _, variant = name.partition(" ")
     extra = ["trainer.accumulate_grad_batches=2", "model.warmup_steps=3", *VARIANTS.get(variant, [])]
-    recipe = small_recipe(name, corpus_folder, tmp_path / "run", *extra, max_steps=3)
+    num_steps = 2 if name in CONVOLUTIONAL else 3  # large networks, and the same loop
+    recipe = small_recipe(name, corpus_folder, tmp_path / "run", *extra, max_steps=num_steps)
     memory = InMemory()
     whole, at_step_1 = trained(recipe, memory, save_at=1)
     assert at_step_1 is not None

@@ -42,12 +42,12 @@ class Augmentation:
         voxels = patches.voxels
         if self.curve or self.bias:
             low, span = (per_patch(numbers, patches) for numbers in exams.z_range())
-            unit = (voxels - low) / span
+            log_unit = ((voxels - low) / span).clamp_min(0).log()  # -inf of the darkest, which exp brings back to zero
             if self.bias:
-                unit = unit * self._bias_field(patches, exams)
+                log_unit = log_unit + self._log_bias_field(patches, exams)
             if self.curve:
-                unit = unit.clamp_min(0) ** per_patch((self.curve * _draw(exams, CURVE)).exp(), patches)
-            voxels = unit * span + low
+                log_unit = log_unit * per_patch((self.curve * _draw(exams, CURVE)).exp(), patches)
+            voxels = log_unit.exp() * span + low
         if self.scale:
             contrast, brightness = (self.scale * _draw(exams, SCALE, 2)).unbind(-1)
             voxels = voxels * (1 + per_patch(contrast, patches)) + per_patch(brightness, patches)
@@ -56,8 +56,8 @@ class Augmentation:
             return augmented
         return augmented.mirrored(uniform(exams.seed, exams.slot, exams.view, FLIP, 1)[:, 0] < self.flip_probability)
 
-    def _bias_field(self, patches: Patches, exams: Exams) -> Tensor:
-        """(B, V, px, py, pz), one smooth field over the head for each sequence of each view."""
+    def _log_bias_field(self, patches: Patches, exams: Exams) -> Tensor:
+        """Log of it, (B, V, px, py, pz): one smooth field over the head for each sequence of each view."""
         num = ORDER + 1
         degree = torch.stack(torch.meshgrid(*[torch.arange(num, device=exams.image.device)] * 3, indexing="ij")).sum(0)
         drawn = self.bias * _draw(exams, BIAS, num**3) * (degree <= ORDER).flatten()
@@ -67,7 +67,7 @@ class Augmentation:
         x, y, z = (_powers(patches, axis, exams.spacing_mm) for axis in range(3))
         field = torch.einsum("bvijk,bvzk->bvijz", field, z)
         field = torch.einsum("bvijz,bvyj->bviyz", field, y)
-        return torch.einsum("bviyz,bvxi->bvxyz", field, x).exp()
+        return torch.einsum("bviyz,bvxi->bvxyz", field, x)
 
 
 def per_patch(numbers: Tensor, patches: Patches) -> Tensor:
