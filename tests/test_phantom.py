@@ -134,8 +134,8 @@ def test_a_folder_that_holds_something_else_is_refused(written: Path, tmp_path: 
         write_phantom(tmp_path, 2)
     with pytest.raises(UsageError, match="another phantom: got seed=0"):
         write_phantom(written, NUM_EXAMS, spacing_mm=SPACING_MM, seed=1)
-    with pytest.raises(UsageError, match="3 problems"):
-        write_phantom(tmp_path / "new", 0, spacing_mm=9, seed=-1)
+    with pytest.raises(UsageError, match="4 problems"):
+        write_phantom(tmp_path / "new", 0, spacing_mm=9, seed=-1, healthy=2)
     assert not (tmp_path / "new").exists()
 
 
@@ -150,6 +150,23 @@ def test_a_follow_up_shows_the_same_head_with_a_grown_lesion() -> None:
     assert later.lesion.radius_mm == pytest.approx(1.2 * first.lesion.radius_mm)
     cores = [np.isin(e.tumour, (1, 3)).sum() for e in (before, after)]
     assert cores[1] > 1.1 * cores[0]
+
+
+def test_a_healthy_person_has_the_same_head_without_a_tumour_a_mask_or_a_label(tmp_path: Path) -> None:
+    ill, well = (make_exam(3, seed=0, spacing_mm=4.0, healthy=share) for share in (0.0, 1.0))
+    assert ill.tumour.any()
+    assert not well.tumour.any()
+    far = np.indices(ill.tumour.shape)[0] > ill.tumour.shape[0] // 2
+    far ^= np.argwhere(ill.tumour).mean(0)[0] > ill.tumour.shape[0] // 2  # the other hemisphere
+    a, b = (exam.volumes["t1ce"].astype(float) for exam in (ill, well))
+    assert np.corrcoef(a[far], b[far])[0, 1] > 0.97 > np.corrcoef(a[ill.tumour > 0], b[ill.tumour > 0])[0, 1]
+    labels = rows(write_phantom(tmp_path, 8, spacing_mm=4.0, healthy=0.5, num_workers=1))
+    truth = rows(tmp_path / "truth.csv")
+    healthy = {t["subject"] for t in truth if t["healthy"] == "True"}
+    assert 0 < len(healthy) < 8
+    assert {r["subject"] for r in labels if not r["idh"]} == healthy
+    masks = {p.parent.name.split("_")[0] for p in tmp_path.glob("site-*/*/*_seg.nii.gz")}
+    assert masks == {r["subject"] for r in labels} - healthy
 
 
 def test_labels_occur_as_often_as_documented() -> None:

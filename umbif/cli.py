@@ -201,12 +201,15 @@ def phantom(
     spacing: Annotated[float, typer.Option(help="Millimetres.")] = 2.0,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: nothing can be learnt.")] = False,
+    healthy: Annotated[float, typer.Option(help="Share of the people that have no tumour.")] = 0.0,
     workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
 ) -> None:
     """Writes synthetic glioma exams with known truth, as a hospital would: NIfTI files and a label table."""
     from umbif.corpus.phantom import write_phantom
 
-    labels = write_phantom(output, exams, spacing_mm=spacing, seed=seed, null=null, num_workers=workers)
+    labels = write_phantom(
+        output, exams, spacing_mm=spacing, seed=seed, null=null, healthy=healthy, num_workers=workers
+    )
     following(f"umbif index {output} --labels {labels} -o manifest.parquet")
 
 

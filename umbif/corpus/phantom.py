@@ -42,7 +42,7 @@ MISSING = {"t1": 0.12, "t1ce": 0.07, "t2": 0.12, "flair": 0.07}
 LOW_MM, HIGH_MM = np.array((-88.0, -122.0, -86.0)), np.array((88.0, 94.0, 98.0))
 CENTRE_MM = np.array((0.0, -18.0, 5.0))
 BLOCK = 20  # one exam in so many is a follow-up of one of the others
-HEAD, LESION, SCAN, BLOCKS, PERSON, EXAM, NULL = range(7)  # what a stream of random numbers is for
+HEAD, LESION, SCAN, BLOCKS, PERSON, EXAM, NULL, HEALTHY = range(8)  # what a stream of random numbers is for
 UNFINISHED = ".unfinished"
 README = """Synthetic brain MRI exams of gliomas. Nothing learnt from them holds for patients.
 
@@ -93,7 +93,8 @@ class PhantomRecord:
     sex: str
     hidden: dict[str, bool]
     labels: dict[str, str]
-    lesion: Lesion
+    lesion: Lesion  # what would grow there, of a healthy person
+    healthy: bool
     sequences: tuple[str, ...]
 
     @property
@@ -128,7 +129,7 @@ class PhantomExam:
 
 
 def write_phantom(out: Path, num_exams: int, *, spacing_mm: float = 2.0, seed: int = 0, null: bool = False,
-                  num_workers: int | None = None) -> Path:  # fmt: skip
+                  healthy: float = 0.0, num_workers: int | None = None) -> Path:  # fmt: skip
     """Writes synthetic exams as a hospital would hand them over; the same call again adds what is missing.
 
     Args:
@@ -137,6 +138,7 @@ def write_phantom(out: Path, num_exams: int, *, spacing_mm: float = 2.0, seed: i
         spacing_mm: Edge of a voxel, 1 to 4 mm.
         seed: All that is random follows from it.
         null: Shuffle each label column over the exams: no model can then do better than chance.
+        healthy: How likely a person has no tumour, and so no labels and no mask.
         num_workers: Processes; all cores by default, 1 for none but this one. The images do not depend on it.
 
     Returns:
@@ -145,29 +147,32 @@ def write_phantom(out: Path, num_exams: int, *, spacing_mm: float = 2.0, seed: i
     Raises:
         UsageError: The settings mean nothing, or the folder holds something else.
     """
-    _check(num_exams, spacing_mm, seed)
-    _claim(out, {"exams": num_exams, "spacing_mm": float(spacing_mm), "seed": seed, "null": null})
-    records = [_record(index, seed) for index in range(num_exams)]
+    _check(num_exams, spacing_mm, seed, healthy)
+    settings = {"exams": num_exams, "spacing_mm": float(spacing_mm), "seed": seed, "null": null}
+    _claim(out, {**settings, **({"healthy": healthy} if healthy else {})})
+    records = [_record(index, seed, healthy) for index in range(num_exams)]
     todo = [record.index for record in records if not (out / record.folder).exists()]
-    work = functools.partial(_write_exam, out=out, seed=seed, spacing_mm=spacing_mm)
+    work = functools.partial(_write_exam, out=out, seed=seed, spacing_mm=spacing_mm, healthy=healthy)
     for _ in track(_run(work, todo, num_workers), "Making phantom exams", len(todo)):
         pass
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return _write_tables(out, records, seed, null)
 
 
-def make_exam(index: int, *, seed: int, spacing_mm: float) -> PhantomExam:
+def make_exam(index: int, *, seed: int, spacing_mm: float, healthy: float = 0.0) -> PhantomExam:
     """Makes one exam; a pure function of its arguments."""
-    record = _record(index, seed)
+    record = _record(index, seed, healthy)
     heads, scan = _rng(seed, HEAD, record.head), _rng(seed, SCAN, index)
     ends = zip(LOW_MM, HIGH_MM, strict=True)
     axes = [np.arange(low, high + 1e-6, spacing_mm).astype(np.float32) for low, high in ends]
     centre, coordinates = _deform(heads, scan, record, axes)
     tissue, mask = _tissue(coordinates, spacing_mm)
-    box, maps = _grow(_rng(seed, LESION, record.head), record.lesion, centre, axes, tissue)
-    volumes = {name: _scan(scan, record, name, tissue, box, maps, axes) * mask for name in SEQUENCES}
+    grown = None if record.healthy else _grow(_rng(seed, LESION, record.head), record.lesion, centre, axes, tissue)
+    volumes = {name: _scan(scan, record, name, tissue, grown, axes) * mask for name in SEQUENCES}
     tumour = np.zeros(mask.shape, np.uint8)
-    tumour[box] = lesions.segment(record.lesion, maps) * mask[box]
+    if grown is not None:
+        box, maps = grown
+        tumour[box] = lesions.segment(record.lesion, maps) * mask[box]
     affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
     affine[:3, 3] = LOW_MM
     return PhantomExam(record, {name: volumes[name] for name in record.sequences}, tumour, affine)
@@ -177,7 +182,7 @@ def _rng(seed: int, purpose: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, purpose, index))))
 
 
-def _record(index: int, seed: int) -> PhantomRecord:
+def _record(index: int, seed: int, healthy: float = 0.0) -> PhantomRecord:
     first_of_block = index - index % BLOCK
     follow_up = index % BLOCK == BLOCK - 1
     head = first_of_block + int(_rng(seed, BLOCKS, first_of_block).integers(BLOCK - 1)) if follow_up else index
@@ -189,10 +194,12 @@ def _record(index: int, seed: int) -> PhantomRecord:
     labels = {name: (POSITIVE if value else NEGATIVE)[name] for name, value in hidden.items()}
     known = {name: label if exam.random() < lesions.LABELLED[name] else "" for name, label in labels.items()}
     known["mgmt"] = known["mgmt"] or "indeterminate"
+    is_healthy = bool(_rng(seed, HEALTHY, head).random() < healthy)
+    known = dict.fromkeys(known, "") if is_healthy else known
     present = tuple(s for s in SEQUENCES if exam.random() >= MISSING[s] * site.missing) or ("t1ce",)
     lesion = lesions.lesion_from_traits(traits, growth=1.2 if follow_up else 1.0)
     session, sex = "ses-2" if follow_up else "", "FM"[int(person.integers(2))]
-    return PhantomRecord(seed, index, head, site, session, age, sex, hidden, known, lesion, present)
+    return PhantomRecord(seed, index, head, site, session, age, sex, hidden, known, lesion, is_healthy, present)
 
 
 @functools.cache
@@ -241,7 +248,8 @@ def _deform(head: np.random.Generator, scan: np.random.Generator, record: Phanto
         shift[i] += CENTRE_MM[i] + a * x + b * y + c * z
     wider = np.clip(0.012 * (record.age - 55) + head.normal(0, 0.12), -0.3, 0.5)
     _push(shift, np.array((0, -18, 14)), wider, 32)
-    _push(shift, matrix @ (centre - CENTRE_MM) + CENTRE_MM, record.lesion.mass, 1.6 * record.lesion.radius_mm)
+    if not record.healthy:
+        _push(shift, matrix @ (centre - CENTRE_MM) + CENTRE_MM, record.lesion.mass, 1.6 * record.lesion.radius_mm)
     return centre.astype(np.float32), shift
 
 
@@ -270,12 +278,14 @@ def _grow(rng: np.random.Generator, lesion: Lesion, centre: Floats, axes: list[F
 
 
 def _scan(rng: np.random.Generator, record: PhantomRecord, sequence: str, tissue: Floats,
-          box: tuple[slice, ...], maps: LesionMaps, axes: list[Floats]) -> NDArray[np.int16]:  # fmt: skip
+          grown: tuple[tuple[slice, ...], LesionMaps] | None, axes: list[Floats]) -> NDArray[np.int16]:  # fmt: skip
     """One volume as the site's scanner shows it, shape (X, Y, Z)."""
     site, spacing_mm = record.site, float(axes[0][1] - axes[0][0])
     values = np.array(CONTRAST[sequence], np.float32) * np.exp(rng.normal(0, 0.02, 7)).astype(np.float32)
     image = np.tensordot(values[:3], tissue, axes=1)
-    image[box] = lesions.paint(image[box], values[3:], record.lesion.enhancement * (sequence == "t1ce"), maps)
+    if grown is not None:
+        box, maps = grown
+        image[box] = lesions.paint(image[box], values[3:], record.lesion.enhancement * (sequence == "t1ce"), maps)
     image = ndimage.gaussian_filter(image, site.blur_mm / spacing_mm)
     image *= np.exp(site.bias * smooth_noise(rng, axes, 75))
     real, imaginary = site.noise * rng.standard_normal((2, *image.shape), dtype=np.float32)
@@ -283,7 +293,7 @@ def _scan(rng: np.random.Generator, record: PhantomRecord, sequence: str, tissue
     return np.clip(np.hypot(image + real, imaginary) * gain, 1, 32767).astype(np.int16)
 
 
-def _check(num_exams: int, spacing_mm: float, seed: int) -> None:
+def _check(num_exams: int, spacing_mm: float, seed: int, healthy: float) -> None:
     problems = []
     if num_exams < 1:
         problems.append(Problem("the number of exams must be 1 or more", str(num_exams)))
@@ -291,6 +301,8 @@ def _check(num_exams: int, spacing_mm: float, seed: int) -> None:
         problems.append(Problem("the spacing must lie between 1 and 4 mm", f"{spacing_mm:g}"))
     if seed < 0:
         problems.append(Problem("the seed must be 0 or more", str(seed)))
+    if not 0 <= healthy <= 1:
+        problems.append(Problem("the share of healthy persons must lie between 0 and 1", f"{healthy:g}"))
     if problems:
         raise UsageError(problems)
 
@@ -322,16 +334,17 @@ def _run(work: Callable[[int], None], todo: list[int], num_workers: int | None) 
         yield from pool.map(work, todo)
 
 
-def _write_exam(index: int, out: Path, seed: int, spacing_mm: float) -> None:
+def _write_exam(index: int, out: Path, seed: int, spacing_mm: float, healthy: float) -> None:
     """Writes the exam's folder under another name and renames it: a folder that is there is complete."""
-    exam = make_exam(index, seed=seed, spacing_mm=spacing_mm)
+    exam = make_exam(index, seed=seed, spacing_mm=spacing_mm, healthy=healthy)
     record, folder = exam.record, out / UNFINISHED / exam.record.stem
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     spelling = dict(zip(SEQUENCES, record.site.spelling, strict=True))
     for name, volume in exam.volumes.items():
         _save(volume, exam.affine, record.site.axcodes, folder / f"{record.stem}_{spelling[name]}.nii.gz")
-    _save(exam.tumour, exam.affine, record.site.axcodes, folder / f"{record.stem}_seg.nii.gz")
+    if not record.healthy:
+        _save(exam.tumour, exam.affine, record.site.axcodes, folder / f"{record.stem}_seg.nii.gz")
     (out / record.folder).parent.mkdir(exist_ok=True)
     folder.rename(out / record.folder)
 
@@ -354,7 +367,7 @@ def _write_tables(out: Path, records: list[PhantomRecord], seed: int, null: bool
         rng = _rng(seed, NULL, 0)
         order = {name: rng.permutation(len(records)) for name in POSITIVE}
         labels = [{name: records[order[name][i]].labels[name] for name in POSITIVE} for i in range(len(records))]
-    truth = [{**r.hidden, **asdict(r.lesion), "sequences": " ".join(r.sequences)} for r in records]
+    truth = [{"healthy": r.healthy, **r.hidden, **asdict(r.lesion), "sequences": " ".join(r.sequences)} for r in records]
     _write_table(out / "truth.csv", [{**k, **t} for k, t in zip(keys, truth, strict=True)])
     _write_whole(out / "README.txt", _readme(null))
     _write_table(out / "labels.csv", [{**k, **f, **x} for k, f, x in zip(keys, facts, labels, strict=True)])

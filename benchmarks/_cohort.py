@@ -1,0 +1,102 @@
+"""The synthetic exams of `learn.py`: unlabelled ones to pretrain on, a placebo of them, and a clinic with outcomes."""
+
+import functools
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+
+from umbif.corpus.index import build_manifest
+from umbif.corpus.manifest import write_manifest
+from umbif.corpus.phantom import write_phantom
+from umbif.corpus.prepare import merge, prepare_corpus
+from umbif.corpus.preprocess import Preparation
+from umbif.corpus.shards import Corpus
+from umbif.machine import num_cores
+
+SPACING_MM = 2.0
+HEALTHY = 0.25  # of the people
+UNLABELLED_SEED, CLINIC_SEED, SHUFFLE_SEED = 1001, 1002, 1003
+TEST_FRACTION = 0.47  # of the clinic's people
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many exams."""
+
+    unlabelled: int
+    clinic: int
+
+
+FULL = Size(unlabelled=400, clinic=680)
+QUICK = Size(unlabelled=48, clinic=120)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Folders of prepared corpora, and what is true of the clinic's exams."""
+
+    unlabelled: Path
+    placebo: Path
+    clinic: Path
+    truth: pd.DataFrame  # one row for each row of the clinic's `Corpus.exams`
+
+
+def make_cohort(folder: Path, size: Size) -> Cohort:
+    """Makes what is missing; the same call goes on where it was stopped."""
+    unlabelled, clinic = folder / "phantom_unlabelled", folder / "phantom_clinic"
+    for files, num, seed in ((unlabelled, size.unlabelled, UNLABELLED_SEED), (clinic, size.clinic, CLINIC_SEED)):
+        write_phantom(files, num, spacing_mm=SPACING_MM, seed=seed, healthy=HEALTHY)
+    shuffle(unlabelled, folder / "phantom_placebo")
+    corpora = {
+        name: prepare(folder / f"phantom_{name}", folder / name, test_fraction)
+        for name, test_fraction in (("unlabelled", 0.0), ("placebo", 0.0), ("clinic", TEST_FRACTION))
+    }
+    return Cohort(**corpora, truth=truth_of(Corpus(corpora["clinic"]), clinic))
+
+
+def prepare(files: Path, folder: Path, test_fraction: float) -> Path:
+    """A corpus of NIfTI files."""
+    if not (folder / "index.parquet").exists():
+        manifest = build_manifest([files], dataset=folder.name, test_fraction=test_fraction)
+        write_manifest(manifest, folder.with_suffix(".parquet"))
+        prepare_corpus(manifest, folder, Preparation(spacing_mm=SPACING_MM))
+        merge(manifest, folder)
+    return folder
+
+
+def truth_of(corpus: Corpus, phantom: Path) -> pd.DataFrame:
+    """What the phantom knows of each exam of a corpus, in the corpus' order."""
+    keys = ["subject", "session"]
+    tables = [pd.read_csv(phantom / name, dtype={"session": str}).fillna({"session": ""})
+              for name in ("truth.csv", "labels.csv")]  # fmt: skip
+    known = tables[0].merge(tables[1][[*keys, "age"]], on=keys)
+    exams = corpus.exams[[*keys, "exam", "person", "site", "split"]]
+    return exams.merge(known.drop(columns="person"), on=keys, how="left", validate="one_to_one")
+
+
+def shuffle(source: Path, target: Path) -> None:
+    """Copies NIfTI files with the voxels of each brain in random order: the histogram stays, the anatomy goes."""
+    files = sorted(source.rglob("*.nii.gz"))
+    todo = [(n, file) for n, file in enumerate(files) if not (target / file.relative_to(source)).exists()]
+    work = functools.partial(_shuffle_file, source=source, target=target)
+    if todo:
+        with ProcessPoolExecutor(num_cores(), get_context("spawn")) as pool:
+            list(pool.map(work, *zip(*todo, strict=True)))
+
+
+def _shuffle_file(number: int, file: Path, source: Path, target: Path) -> None:
+    path = target / file.relative_to(source)
+    image = nib.load(file)
+    voxels = np.asarray(image.dataobj)
+    inside = voxels > 0
+    if not file.name.endswith("_seg.nii.gz"):
+        voxels[inside] = np.random.default_rng((SHUFFLE_SEED, number)).permutation(voxels[inside])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    nib.save(nib.Nifti1Image(voxels, image.affine, image.header), aside)
+    aside.rename(path)
