@@ -1,0 +1,102 @@
+"""Features of every exam of the clinic, each shown in every way, and what the tasks ask of them.
+
+Shapes: N exams, F features of an exam, P asked places, G features of a place.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from _describe import Describer
+from _inputs import Shown
+from sklearn.decomposition import PCA
+
+Array = npt.NDArray[Any]
+NUM_COMPONENTS = 128  # of features that are more than four times as many
+
+
+def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> dict[str, Array]:
+    """Features by the name that tasks call them: `whole`, `alone`, `half_a`, `half_b`, `lesion`, `flair`.
+
+    Args:
+        describer: Of one exam.
+        exams: All of the clinic.
+        train: (N,) bool; principal components come from these, without their labels.
+
+    Returns:
+        (N, F), and (N, P, G) of places; NaN where an exam cannot be shown that way.
+    """
+    found = {
+        "whole": [describer.exam(exam.whole) for exam in exams],
+        "alone": [describer.exam(exam.alone) for exam in exams],
+        "half_a": [None if exam.halves is None else describer.exam(exam.halves[0]) for exam in exams],
+        "half_b": [None if exam.halves is None else describer.exam(exam.halves[1]) for exam in exams],
+        "lesion": [describer.places(exam.whole, exam.places) for exam in exams],
+        "flair": [None if exam.t1 is None else describer.places(exam.t1, exam.places) for exam in exams],
+    }
+    stacked = {name: filled(parts) for name, parts in found.items() if any(part is not None for part in parts)}
+    return {name: reduced(x, train) if x.ndim == 2 else x for name, x in stacked.items()}
+
+
+def filled(parts: Sequence[Array | None]) -> Array:
+    """Stacks, with NaN for what is missing."""
+    like = next(part for part in parts if part is not None)
+    missing = np.full_like(like, np.nan, dtype=np.float32)
+    return np.stack([missing if part is None else part for part in parts]).astype(np.float32)
+
+
+def reduced(x: Array, train: Array) -> Array:
+    """Principal components of features that are many."""
+    known = np.isfinite(x).all(1)
+    if x.shape[1] <= 4 * NUM_COMPONENTS:
+        return x
+    num = min(NUM_COMPONENTS, int((known & train).sum()) - 1)
+    pca = PCA(num, random_state=0).fit(x[known & train])
+    out = np.full((len(x), num), np.nan, np.float32)
+    out[known] = pca.transform(x[known])
+    return out
+
+
+def targets_of(exams: Sequence[Shown], truth: pd.DataFrame) -> pd.DataFrame:
+    """What is asked about each exam, as numbers; NaN where the question has no answer."""
+    ill = ~truth["healthy"].to_numpy(dtype=bool)
+    lesion = np.array([exam.lesion_voxels for exam in exams], dtype=np.float64)
+    table = {
+        "person": truth["person"], "test": truth["split"] == "test",
+        "site": truth["site"].astype("category").cat.codes.astype(float), "age": truth["age"].astype(float),
+        "alone_is": [float(exam.alone_is) for exam in exams],
+        "log_brain": np.log([exam.brain_voxels for exam in exams]), "ill": ill.astype(float),
+        "log_lesion": np.where(ill, np.log(np.maximum(lesion, 1)), np.nan),
+        "enhancing": np.where(ill, truth["enhancement"] > 0.2, np.nan),
+    }  # fmt: skip
+    names = ("idh", "codeletion", "mgmt", "progression")
+    return pd.DataFrame(table | {name: np.where(ill, truth[name], np.nan) for name in names})
+
+
+def places_of(exams: Sequence[Shown]) -> dict[str, Array]:
+    """What is asked about the places of each exam: (N, P), (N, P, 3) and (N, P, 8)."""
+    return {
+        "is_lesion": np.stack([exam.is_lesion for exam in exams]).astype(np.float32),
+        "position_mm": np.stack([exam.position_mm for exam in exams]),
+        "flair": filled([exam.flair for exam in exams]),
+    }
+
+
+def save(path: Path, features: dict[str, Array]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")
+    with aside.open("wb") as file:
+        np.savez(file, **features)
+    aside.rename(path)
+
+
+def load(path: Path) -> dict[str, Array]:
+    """What `save` wrote."""
+    with np.load(path) as found:
+        return dict(found)
+
+

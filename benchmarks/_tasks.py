@@ -1,0 +1,79 @@
+"""What frozen features are asked on held-out exams, from easy to hard, and how an answer is scored."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy.typing as npt
+import pandas as pd
+
+from umbif.evaluation.statistics import weighted_auc
+
+Array = npt.NDArray[Any]
+Kind = Literal["classes", "binary", "number"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question.
+
+    Args:
+        name: In files and tables.
+        asks: In words.
+        kind: Classes are scored by accuracy, two of them by AUC, numbers by R².
+        features: Which features of an exam answer it, see `_features.py`.
+        target: Column of the table of targets.
+        is_trivial: A histogram or the size of the grid answers it: a check of the machinery, no evidence.
+    """
+
+    name: str
+    asks: str
+    kind: Kind
+    features: Literal["whole", "alone", "lesion", "flair", "halves"]
+    target: str
+    is_trivial: bool = False
+
+
+TASKS = (
+    Task("site", "Which of three scanners?", "classes", "whole", "site", is_trivial=True),
+    Task("contrast", "Which sequence is this, without its name?", "classes", "alone", "alone_is", is_trivial=True),
+    Task("head size", "How large is the brain?", "number", "whole", "log_brain", is_trivial=True),
+    Task("age", "How old? Only the ventricles tell.", "number", "whole", "age"),
+    Task("lesion", "Is there a tumour?", "binary", "whole", "ill"),
+    Task("lesion volume", "How large is the tumour?", "number", "whole", "log_lesion"),
+    Task("enhancing", "Does the tumour take up contrast agent?", "binary", "whole", "enhancing"),
+    Task("idh", "Hidden biomarker, strong", "binary", "whole", "idh"),
+    Task("codeletion", "Hidden biomarker, medium", "binary", "whole", "codeletion"),
+    Task("mgmt", "Hidden biomarker, weak", "binary", "whole", "mgmt"),
+    Task("progression", "Hidden biomarker, strong", "binary", "whole", "progression"),
+    Task("lesion patches", "Is this patch tumour?", "binary", "lesion", "is_lesion"),
+    Task("flair from t1", "What does FLAIR show here, from T1 alone?", "number", "flair", "flair"),
+    Task("retrieval", "Which exam do these other sequences belong to?", "classes", "halves", ""),
+)  # fmt: skip
+METRIC = {"classes": "accuracy", "binary": "AUC", "number": "R²"}
+
+
+def score(kind: Kind, y: Array, answer: Array, weights: Array) -> Array:
+    """The score under each weighting of the test rows.
+
+    Args:
+        kind: Of the task.
+        y: (n,) truth; of numbers, (n, k), with a baseline of zero.
+        answer: (n, classes), (n,) or (n, k).
+        weights: (W, n) how often each row counts.
+
+    Returns:
+        (W,).
+    """
+    if kind == "classes":
+        return weights @ (answer.argmax(1) == y) / weights.sum(1)
+    if kind == "binary":
+        return weighted_auc(pd.DataFrame({"y": y, "score": answer}), weights)
+    return explained(y, answer, weights)
+
+
+def explained(y: Array, answer: Array, weights: Array) -> Array:
+    """Weighted R² against the mean of the test rows, of all columns together."""
+    y, answer = y.reshape(len(y), -1), answer.reshape(len(y), -1)
+    mean = weights @ y / weights.sum(1, keepdims=True)  # (W, k)
+    total = weights @ (y**2).sum(1) - weights.sum(1) * (mean**2).sum(1)
+    return 1 - weights @ ((y - answer) ** 2).sum(1) / total

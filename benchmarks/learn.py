@@ -1,0 +1,114 @@
+"""Does pretraining help? Arms, tasks and controls on synthetic exams whose truth is known.
+
+    python benchmarks/learn.py                   goes on where it stopped; about NN CPU-hours in all
+    python benchmarks/learn.py --minutes 60      stops after the cell that passes an hour
+    python benchmarks/learn.py --quick           three minutes, at a size that says little
+
+Every finished cell is a line of the results file. Arms: `_arms.py`; tasks: `_tasks.py`; exams: `_cohort.py`.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from _arms import BASELINES, PRETRAINED, UNTRAINED, describer
+from _cells import Cell, append, frozen_cells, read_cells
+from _cohort import FULL, QUICK, Cohort, Size, make_cohort
+from _features import Array, features_of, load, places_of, save, targets_of
+from _inputs import Shown, read
+
+from umbif.corpus.shards import Corpus
+from umbif.progress import console
+from umbif.quiet import quiet
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "learn.jsonl"
+NUM_SEEDS = 5
+
+
+@dataclass
+class Bench:
+    """The clinic, read once, and where features and runs are kept."""
+
+    folder: Path
+    size: Size
+    overrides: tuple[str, ...]
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """The exams."""
+        return make_cohort(self.folder, self.size)
+
+    @cached_property
+    def exams(self) -> list[Shown]:
+        """All of the clinic's, in the corpus' order."""
+        corpus = Corpus(self.cohort.clinic)
+        return list(read(corpus, np.arange(len(corpus))))
+
+    @cached_property
+    def targets(self) -> pd.DataFrame:
+        """What is asked about each."""
+        return targets_of(self.exams, self.cohort.truth)
+
+    @cached_property
+    def places(self) -> dict[str, Array]:
+        """What is asked about their places."""
+        return places_of(self.exams)
+
+    def features(self, arm: str, seed: int) -> dict[str, Array]:
+        """Of every exam of the clinic."""
+        path = self.folder / "features" / f"{arm}_{seed}.npz"
+        if not path.exists():
+            found = describer(arm, seed, self.cohort, self.folder / "runs", self.overrides)
+            save(path, features_of(found, self.exams, ~self.targets["test"].to_numpy()))
+        return load(path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Does the cells that are missing."""
+    args = arguments(argv)
+    quiet()
+    torch.set_num_threads(1)
+    bench = Bench(args.folder, QUICK if args.quick else FULL, tuple(args.set))
+    begun = time.monotonic()
+    done = {(cell["arm"], cell["seed"]) for cell in read_cells(args.results)}
+    for arm, seed in [work for work in works(args.arms, args.seeds) if work not in done]:
+        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
+            console.print("The time is up. The same command goes on.")
+            return
+        console.print(f"{arm}, seed {seed}")
+        append(args.results, cells_of(bench, arm, seed))
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Does pretraining help?")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "learn", help="exams, runs and features")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--arms", nargs="+", default=[*BASELINES, *UNTRAINED, *PRETRAINED])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[*range(NUM_SEEDS)])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
+    return parser.parse_args(argv)
+
+
+def works(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
+    """Every arm with every seed, seed by seed; what has no chance in it once."""
+    return [(arm, seed) for seed in seeds for arm in arms if arm not in BASELINES or seed == seeds[0]]
+
+
+def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:
+    """All of one encoder."""
+    found = frozen_cells(bench.features(arm, seed), bench.targets, bench.places, seed)
+    return [{"arm": arm, "seed": seed, **cell} for cell in found]
+
+
+if __name__ == "__main__":
+    main()

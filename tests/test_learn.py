@@ -1,0 +1,126 @@
+"""The evidence benchmark: scores, draws, resamples and controls on data whose answer is known."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+N = 120
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Imports a file of benchmarks/ by its name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
+
+
+@pytest.fixture
+def make_question(bench):
+    """A binary question on exams of which some share a person; `signal` is how far the classes lie apart."""
+
+    def make(signal, *, task="idh", seed=0):
+        rng = np.random.default_rng(seed)
+        person = np.arange(N) - (np.arange(N) % 20 == 19)  # one exam in twenty is a second of the person before
+        y = (rng.random(N) < 0.5).astype(float)
+        x = rng.standard_normal((N, 6)) + signal * y[:, None]
+        (found,) = [t for t in bench("_tasks").TASKS if t.name == task]
+        return bench("_probes").Question(found, x, y, np.arange(N), person, person >= N // 2)
+
+    return make
+
+
+def test_scores_of_whole_weights_are_those_of_the_repeated_rows(bench):
+    rng = np.random.default_rng(1)
+    weights = rng.integers(0, 4, (3, N))
+    score, y = bench("_tasks").score, (rng.random(N) < 0.4).astype(float)
+    answer = np.round(y + rng.standard_normal(N), 1)  # with ties
+    numbers = rng.standard_normal((N, 2))
+    guess = numbers + rng.standard_normal((N, 2))
+    classes, votes = rng.integers(0, 3, N), rng.random((N, 3))
+    for row, area, r2, share in zip(
+        weights, score("binary", y, answer, weights), score("number", numbers, guess, weights),
+        score("classes", classes, votes, weights), strict=True,
+    ):  # fmt: skip
+        at = np.repeat(np.arange(N), row)
+        assert area == pytest.approx(roc_auc_score(y[at], answer[at]))
+        assert r2 == pytest.approx(r2_score(numbers[at], guess[at], multioutput="variance_weighted"))
+        assert share == pytest.approx(accuracy_score(classes[at], votes[at].argmax(1)))
+
+
+def test_labelled_exams_are_of_as_many_training_people_and_the_same_for_everyone(bench, make_question):
+    probes, question = bench("_probes"), make_question(1.0)
+    drawn = list(probes.draws(question, 16))
+    assert len(drawn) == probes.NUM_DRAWS
+    for exams in drawn:
+        assert len(np.unique(question.person[exams])) == 16
+        assert not question.is_test[exams].any()
+        assert min(np.bincount(question.y[exams].astype(int))) >= 2
+    other = list(probes.draws(make_question(0.0), 16))
+    assert all(np.array_equal(a, b) for a, b in zip(drawn, other, strict=True))
+    assert len({tuple(exams) for exams in drawn}) == probes.NUM_DRAWS
+
+
+def test_a_person_is_resampled_with_all_of_its_exams_and_only_test_people_are(bench, make_question):
+    question = make_question(1.0)
+    counts = bench("_probes").resamples(question)
+    assert not counts[:, ~question.is_test].any()
+    people, first = np.unique(question.person[question.is_test], return_index=True)
+    assert (counts[:, question.is_test][:, first].sum(1) == len(people)).all()
+    twice = np.flatnonzero((question.person[1:] == question.person[:-1]) & question.is_test[1:])
+    assert len(twice)
+    assert np.array_equal(counts[:, twice], counts[:, twice + 1])
+
+
+@pytest.mark.parametrize("probe", ["linear", "knn"])
+def test_a_probe_finds_what_is_there_and_nothing_where_labels_were_dealt_anew(bench, make_question, probe):
+    probes = bench("_probes")
+    assert probes.scored(make_question(1.5), probe, 32).draws.mean() > 0.9
+    null = [probes.scored(probes.shuffled(make_question(1.5), seed), probe, 32).draws.mean() for seed in range(12)]
+    assert np.mean(null) == pytest.approx(0.5, abs=0.06)
+
+
+def test_intervals_of_null_cells_miss_one_half_as_often_as_they_should(bench, make_question):
+    null_cell = bench("_cells").null_cell
+    cells = [{"arm": "a", "seed": seed, **null_cell(make_question(1.0, seed=seed), seed)} for seed in range(60)]
+    missed, num, (low, high) = bench("_evidence").null_cells(bench("_evidence").Cells(cells))
+    assert num == 60
+    assert low <= missed <= high
+
+
+def test_a_difference_is_that_of_the_same_seeds_and_resamples(bench):
+    evidence, rng = bench("_evidence"), np.random.default_rng(0)
+    noise = rng.normal(0, 0.05, 200)  # of the test people: both arms meet the same ones
+    cells = [
+        {"arm": arm, "task": "idh", "probe": "linear", "labels": 64, "seed": seed, "score": level + 0.001 * seed,
+         "resamples": (level + 0.001 * seed + noise).tolist()}
+        for arm, level in (("umbif", 0.8), ("untrained", 0.7)) for seed in range(3)
+    ]  # fmt: skip
+    cells.append({**cells[0], "arm": "histogram", "seed": 0, "score": 0.75, "resamples": (0.75 + noise).tolist()})
+    found = evidence.Cells(cells)
+    gain = evidence.difference(found, "umbif", "untrained", "idh", "linear", 64)
+    assert (gain.value, gain.low, gain.high) == pytest.approx((0.1, 0.1, 0.1))
+    over_histogram = evidence.difference(found, "umbif", "histogram", "idh", "linear", 64)
+    assert over_histogram.value == pytest.approx(0.051)
+    assert over_histogram.low < 0.051 < over_histogram.high
+    alone = evidence.mean(found, "umbif", "idh", "linear", 64)
+    assert alone.low < 0.75 < 0.85 < alone.high
+    assert evidence.difference(found, "umbif", "mae", "idh", "linear", 64) is None
+
+
+def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_do_not(bench):
+    (task,) = [t for t in bench("_tasks").TASKS if t.name == "retrieval"]
+    rng = np.random.default_rng(0)
+    person = np.arange(N) - (np.arange(N) % 20 == 19)
+    targets = pd.DataFrame({"person": person, "test": person >= N // 2})
+    half = rng.standard_normal((N, 16))
+    for other, low, high in ((half + 0.1, 1.0, 1.0), (rng.standard_normal((N, 16)), 0.0, 0.1)):
+        (cell,) = bench("_cells").retrieval(task, {"half_a": half, "half_b": other}, targets)
+        assert low <= cell["score"] <= high
+        assert json.dumps(cell)
