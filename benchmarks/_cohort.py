@@ -72,10 +72,11 @@ def prepare(files: Path, folder: Path, test_fraction: float) -> Path:
 def truth_of(corpus: Corpus, phantom: Path) -> pd.DataFrame:
     """What the phantom knows of each exam of a corpus, in the corpus' order."""
     keys = ["subject", "session"]
-    tables = [pd.read_csv(phantom / name, dtype={"session": str}).fillna({"session": ""})
-              for name in ("truth.csv", "labels.csv")]  # fmt: skip
-    known = tables[0].merge(tables[1][[*keys, "age"]], on=keys)
-    exams = corpus.exams[[*keys, "exam", "person", "site", "split"]]
+    tables = [pd.read_csv(phantom / name, dtype={"session": str}) for name in ("truth.csv", "labels.csv")]
+    for table in tables:
+        table["session"] = table["session"].fillna("").str.removeprefix("ses-")  # as an index writes it
+    known = tables[0].merge(tables[1][[*keys, "site", "age"]], on=keys)
+    exams = corpus.exams[[*keys, "exam", "person", "split"]]
     return exams.merge(known.drop(columns="person"), on=keys, how="left", validate="one_to_one")
 
 

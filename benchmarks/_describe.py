@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from _inputs import PATCH, chosen
+from _inputs import PATCH, places_of_tokens
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool3d
 
@@ -27,12 +27,8 @@ RAW_CELLS = 10  # along each edge of the brain's box
 class Describer(Protocol):
     """Turns one exam (a batch of one) into numbers."""
 
-    def exam(self, exams: Exams) -> Array:
-        """(F,)."""
-        ...
-
-    def places(self, exams: Exams, places: Array) -> Array | None:
-        """(P, G); None for one that knows no places."""
+    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
+        """Of the exam (F,), and of some of its places (P, G), if they are asked for and it knows places."""
         ...
 
 
@@ -44,47 +40,43 @@ class Encoded:
         self.pool = ExtremesHead(encoder.embed_dim)
 
     @torch.no_grad()
-    def exam(self, exams: Exams) -> Array:
-        """See `Describer`."""
-        return self.pool.features(*self.encoder.forward_features(exams))[0].numpy()
-
-    @torch.no_grad()
-    def places(self, exams: Exams, places: Array) -> Array | None:
-        """The mean over sequences of the tokens of a place."""
-        if not isinstance(self.encoder, ViT3D):
-            return None
-        tokens = self.encoder.forward_features(exams)[0][0]
-        _, at = chosen(exams, patch_grid(exams, PATCH))
-        return np.stack([tokens[at == place].mean(0).numpy() for place in places.tolist()])
+    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
+        """See `Describer`; of a place, the mean over its sequences."""
+        found = self.encoder.forward_features(exams)
+        exam = self.pool.features(*found)[0].numpy()
+        if places is None or not isinstance(self.encoder, ViT3D):
+            return exam, None
+        at = places_of_tokens(patch_grid(exams, PATCH))
+        return exam, np.stack([found[0][0, at == place].mean(0).numpy() for place in places.tolist()])
 
 
 class Histogram:
     """Intensities without their places: a histogram of each sequence; of a place, mean, spread and extremes."""
 
-    def exam(self, exams: Exams) -> Array:
+    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
         """See `Describer`."""
         volumes, brain = exams.z_scores()[0], exams.brain[0]
         shares = [np.histogram(volume[brain].numpy(), BINS, density=True)[0] for volume in volumes]
-        return by_sequence(exams, shares)
-
-    def places(self, exams: Exams, places: Array) -> Array:
-        """See `Describer`."""
+        exam = by_sequence(exams, shares)
+        if places is None:
+            return exam, None
         voxels = patches_of(exams, places).flatten(2)  # (S, P, voxels)
         spread, mean = torch.std_mean(voxels, -1)
-        return by_sequence(exams, torch.stack([mean, spread, voxels.amax(-1), voxels.amin(-1)], -1).numpy())
+        of_places = torch.stack([mean, spread, voxels.amax(-1), voxels.amin(-1)], -1).numpy()
+        return exam, by_sequence(exams, of_places)
 
 
 class Raw:
     """Voxels, coarsely. Probes see their principal components."""
 
-    def exam(self, exams: Exams) -> Array:
+    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
         """See `Describer`."""
         x, y, z = (int(n) for n in exams.box[0])
-        return by_sequence(exams, adaptive_avg_pool3d(exams.z_scores()[0, :, :x, :y, :z], RAW_CELLS).flatten(1).numpy())
-
-    def places(self, exams: Exams, places: Array) -> Array:
-        """See `Describer`."""
-        return by_sequence(exams, avg_pool3d(patches_of(exams, places), 2).flatten(2).numpy())
+        cells = adaptive_avg_pool3d(exams.z_scores()[0, :, :x, :y, :z], RAW_CELLS)
+        exam = by_sequence(exams, cells.flatten(1).numpy())
+        if places is None:
+            return exam, None
+        return exam, by_sequence(exams, avg_pool3d(patches_of(exams, places), 2).flatten(2).numpy())
 
 
 def by_sequence(exams: Exams, found: Sequence[Array] | Array) -> Array:

@@ -29,16 +29,21 @@ def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> d
     Returns:
         (N, F), and (N, P, G) of places; NaN where an exam cannot be shown that way.
     """
-    found = {
-        "whole": [describer.exam(exam.whole) for exam in exams],
-        "alone": [describer.exam(exam.alone) for exam in exams],
-        "half_a": [None if exam.halves is None else describer.exam(exam.halves[0]) for exam in exams],
-        "half_b": [None if exam.halves is None else describer.exam(exam.halves[1]) for exam in exams],
-        "lesion": [describer.places(exam.whole, exam.places) for exam in exams],
-        "flair": [None if exam.t1 is None else describer.places(exam.t1, exam.places) for exam in exams],
-    }
+    described = [description(describer, exam) for exam in exams]
+    found = {name: [one[name] for one in described] for name in described[0]}
     stacked = {name: filled(parts) for name, parts in found.items() if any(part is not None for part in parts)}
     return {name: reduced(x, train) if x.ndim == 2 else x for name, x in stacked.items()}
+
+
+def description(describer: Describer, exam: Shown) -> dict[str, Array | None]:
+    """One exam, shown in every way."""
+    whole, lesion = describer(exam.whole, exam.places)
+    half_a, half_b = (None, None) if exam.halves is None else (describer(half)[0] for half in exam.halves)
+    return {
+        "whole": whole, "lesion": lesion, "half_a": half_a, "half_b": half_b,
+        "alone": describer(exam.alone)[0],
+        "flair": None if exam.t1 is None else describer(exam.t1, exam.places)[1],
+    }  # fmt: skip
 
 
 def filled(parts: Sequence[Array | None]) -> Array:
@@ -65,8 +70,8 @@ def targets_of(exams: Sequence[Shown], truth: pd.DataFrame) -> pd.DataFrame:
     ill = ~truth["healthy"].to_numpy(dtype=bool)
     lesion = np.array([exam.lesion_voxels for exam in exams], dtype=np.float64)
     table = {
-        "person": truth["person"], "test": truth["split"] == "test",
-        "site": truth["site"].astype("category").cat.codes.astype(float), "age": truth["age"].astype(float),
+        "person": truth["person"].to_numpy(), "test": (truth["split"] == "test").to_numpy(),
+        "site": truth["site"].astype("category").cat.codes.to_numpy(float), "age": truth["age"].to_numpy(float),
         "alone_is": [float(exam.alone_is) for exam in exams],
         "log_brain": np.log([exam.brain_voxels for exam in exams]), "ill": ill.astype(float),
         "log_lesion": np.where(ill, np.log(np.maximum(lesion, 1)), np.nan),

@@ -110,7 +110,6 @@ def coarse(exams: Exams, grid: PatchGrid, entry: int, places: Array) -> Array:
     return avg_pool3d(voxels[:, None], COARSE).flatten(1).numpy()
 
 
-def chosen(exams: Exams, grid: PatchGrid) -> tuple[Tensor, Tensor]:
-    """Indices (V,) of every patch with brain of one exam, and the place of each."""
-    index, _ = choose(grid)
-    return index[0], index[0] % grid.position_mm.shape[1]
+def places_of_tokens(grid: PatchGrid) -> Tensor:
+    """The place (V,) of every token of one exam, in the order in which an encoder gives them."""
+    return choose(grid)[0][0] % grid.position_mm.shape[1]

@@ -24,7 +24,7 @@ from _features import Array, features_of, load, places_of, save, targets_of
 from _inputs import Shown, read
 
 from umbif.corpus.shards import Corpus
-from umbif.progress import console
+from umbif.progress import console, track
 from umbif.quiet import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +39,7 @@ class Bench:
     folder: Path
     size: Size
     overrides: tuple[str, ...]
+    develop: bool  # on training people alone
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -46,15 +47,23 @@ class Bench:
         return make_cohort(self.folder, self.size)
 
     @cached_property
+    def rows(self) -> Array:
+        """Of the clinic's exams: all, or those of training people."""
+        truth = self.cohort.truth
+        return np.flatnonzero((truth["split"] == "train").to_numpy() | (not self.develop))
+
+    @cached_property
     def exams(self) -> list[Shown]:
-        """All of the clinic's, in the corpus' order."""
-        corpus = Corpus(self.cohort.clinic)
-        return list(read(corpus, np.arange(len(corpus))))
+        """In the corpus' order."""
+        return list(track(read(Corpus(self.cohort.clinic), self.rows), "Reading exams", len(self.rows)))
 
     @cached_property
     def targets(self) -> pd.DataFrame:
-        """What is asked about each."""
-        return targets_of(self.exams, self.cohort.truth)
+        """What is asked about each. In development every second training person stands in for a test person."""
+        found = targets_of(self.exams, self.cohort.truth.iloc[self.rows])
+        if self.develop:
+            found["test"] = pd.factorize(found["person"])[0] % 2 == 1
+        return found.reset_index(drop=True)
 
     @cached_property
     def places(self) -> dict[str, Array]:
@@ -75,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     quiet()
     torch.set_num_threads(1)
-    bench = Bench(args.folder, QUICK if args.quick else FULL, tuple(args.set))
+    bench = Bench(args.folder, QUICK if args.quick else FULL, tuple(args.set), args.develop)
     begun = time.monotonic()
     done = {(cell["arm"], cell["seed"]) for cell in read_cells(args.results)}
     for arm, seed in [work for work in works(args.arms, args.seeds) if work not in done]:
@@ -92,6 +101,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "learn", help="exams, runs and features")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--develop", action="store_true", help="judge by training people alone: for tuning")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--arms", nargs="+", default=[*BASELINES, *UNTRAINED, *PRETRAINED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[*range(NUM_SEEDS)])
