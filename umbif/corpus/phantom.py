@@ -367,7 +367,8 @@ def _write_tables(out: Path, records: list[PhantomRecord], seed: int, null: bool
         rng = _rng(seed, NULL, 0)
         order = {name: rng.permutation(len(records)) for name in POSITIVE}
         labels = [{name: records[order[name][i]].labels[name] for name in POSITIVE} for i in range(len(records))]
-    truth = [{"healthy": r.healthy, **r.hidden, **asdict(r.lesion), "sequences": " ".join(r.sequences)} for r in records]
+    truth = [{"healthy": r.healthy, **r.hidden, **asdict(r.lesion), "sequences": " ".join(r.sequences)}
+             for r in records]  # fmt: skip
     _write_table(out / "truth.csv", [{**k, **t} for k, t in zip(keys, truth, strict=True)])
     _write_whole(out / "README.txt", _readme(null))
     _write_table(out / "labels.csv", [{**k, **f, **x} for k, f, x in zip(keys, facts, labels, strict=True)])
