@@ -48,7 +48,9 @@ PRETRAINED = {
         "data.around_tumour=true", "data.crop_size=[64,64,64]")),
 }  # fmt: skip
 UNTRAINED = {"untrained": "the same encoder with its first weights", "cnn": "an untrained EfficientNet-B0"}
+SUPERVISED = {"supervised": "untrained", "supervised_cnn": "cnn"}  # taught all labels, from these first weights
 BASELINES: dict[str, Callable[[], Describer]] = {"histogram": Histogram, "raw": Raw}
+ARMS = (*BASELINES, *UNTRAINED, *PRETRAINED, *SUPERVISED)
 
 
 def describer(arm: str, seed: int, cohort: Cohort, runs: Path, overrides: tuple[str, ...] = ()) -> Describer:

@@ -98,7 +98,7 @@ def retrieval(task: Task, features: dict[str, Array], targets: pd.DataFrame) -> 
     question = Question(task, features["half_a"], np.zeros(len(person)), np.arange(len(person)), person, is_test)
     similarity = retrieved(features["half_a"][known], features["half_b"][known], person[known])
     weights = np.vstack([np.ones((1, len(person))), resamples(question)])[:, known]
-    values = score("classes", np.arange(len(similarity)), similarity, weights)
+    values = score(task.kind, np.arange(len(similarity)), similarity, weights)
     yield {
         "task": task.name, "probe": "cosine", "labels": 0, "score": rounded(values[0]),
         "draws": [rounded(values[0])] * NUM_DRAWS, "resamples": rounded(values[1:]),

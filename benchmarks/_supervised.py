@@ -28,19 +28,22 @@ NUM_SITES = 3
 LEARNT = [task for task in TASKS if task.features == "whole"]
 
 
-def teach(encoder: ViT3D | CNN3D, corpus: Corpus, targets: pd.DataFrame, seed: int, num_steps: int = NUM_STEPS) -> None:
+def teach(
+    encoder: ViT3D | CNN3D, corpus: Corpus, rows: Array, targets: pd.DataFrame, seed: int, num_steps: int = NUM_STEPS
+) -> None:
     """Trains an encoder in place.
 
     Args:
         encoder: With its first weights.
         corpus: The clinic.
-        targets: What is asked about each of its exams; test exams are left out.
+        rows: Of the corpus' exams, ascending.
+        targets: What is asked about each of `rows`; test exams are left out.
         seed: Of order and views.
         num_steps: Of `BATCH` exams.
     """
-    rows = np.flatnonzero(~targets["test"].to_numpy())
-    dataset = WholeBrainDataset(corpus, rows, rows.astype(np.float32), seed)
-    wanted = standardised(targets, rows)
+    taught = np.flatnonzero(~targets["test"].to_numpy())
+    dataset = WholeBrainDataset(corpus, rows[taught], taught.astype(np.float32), seed)
+    wanted = standardised(targets, taught)
     pool = ExtremesHead(encoder.embed_dim)
     head = nn.Sequential(nn.LayerNorm(3 * encoder.embed_dim), nn.Linear(3 * encoder.embed_dim, width()))
     encoder.train().requires_grad_(True)
@@ -52,7 +55,8 @@ def teach(encoder: ViT3D | CNN3D, corpus: Corpus, targets: pd.DataFrame, seed: i
         exams = collate([dataset[slot] for slot in slots], spacing_mm=corpus.spacing_mm, seed=seed)
         scores = uniform(seed, exams.slot, exams.view, DROPPED, encoder.num_patches(exams))
         tokens = encoder.forward_features(exams, scores=scores, budget=BUDGET, augmentation=AUGMENTATION)
-        loss_of(head(pool.features(*tokens)), wanted[exams.exam]).backward()
+        assert exams.target is not None  # which of `rows` it is
+        loss_of(head(pool.features(*tokens)), wanted[exams.target.long()]).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -64,12 +68,12 @@ def width() -> int:
     return sum(NUM_SITES if task.kind == "classes" else 1 for task in LEARNT)
 
 
-def standardised(targets: pd.DataFrame, rows: Array) -> Tensor:
-    """(N, tasks); numbers in standard deviations of the training exams."""
-    table = targets[[task.target for task in LEARNT]].to_numpy(dtype=np.float32)
+def standardised(targets: pd.DataFrame, taught: Array) -> Tensor:
+    """(N, tasks); numbers in standard deviations of the exams that are taught."""
+    table = targets[[task.target for task in LEARNT]].to_numpy(dtype=np.float32, copy=True)
     for i, task in enumerate(LEARNT):
         if task.kind == "number":
-            table[:, i] = (table[:, i] - np.nanmean(table[rows, i])) / np.nanstd(table[rows, i])
+            table[:, i] = (table[:, i] - np.nanmean(table[taught, i])) / np.nanstd(table[taught, i])
     return torch.from_numpy(table)
 
 

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from umbif.evaluation.statistics import weighted_auc
 
 Array = npt.NDArray[Any]
-Kind = Literal["classes", "binary", "number"]
+Kind = Literal["classes", "binary", "number", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Task:
     Args:
         name: In files and tables.
         asks: In words.
-        kind: Classes are scored by accuracy, two of them by AUC, numbers by R².
+        kind: Classes are scored by accuracy, two of them by AUC, numbers by R², pairs by
+            how many others are less alike.
         features: Which features of an exam answer it, see `_features.py`.
         target: Column of the table of targets.
         is_trivial: A histogram or the size of the grid answers it: a check of the machinery, no evidence.
@@ -47,9 +49,9 @@ TASKS = (
     Task("progression", "Hidden biomarker, strong", "binary", "whole", "progression"),
     Task("lesion patches", "Is this patch tumour?", "binary", "lesion", "is_lesion"),
     Task("flair from t1", "What does FLAIR show here, from T1 alone?", "number", "flair", "flair"),
-    Task("retrieval", "Which exam do these other sequences belong to?", "classes", "halves", ""),
+    Task("retrieval", "Which exam do these other sequences belong to?", "pairs", "halves", ""),
 )  # fmt: skip
-METRIC = {"classes": "accuracy", "binary": "AUC", "number": "R²"}
+METRIC = {"classes": "accuracy", "binary": "AUC", "number": "R²", "pairs": "rank"}
 
 
 def score(kind: Kind, y: Array, answer: Array, weights: Array) -> Array:
@@ -57,8 +59,8 @@ def score(kind: Kind, y: Array, answer: Array, weights: Array) -> Array:
 
     Args:
         kind: Of the task.
-        y: (n,) truth; of numbers, (n, k), with a baseline of zero.
-        answer: (n, classes), (n,) or (n, k).
+        y: (n,) truth; of numbers, (n, k).
+        answer: (n, classes), (n,) or (n, k); of pairs, the likeness (n, n) of each row to each.
         weights: (W, n) how often each row counts.
 
     Returns:
@@ -66,9 +68,17 @@ def score(kind: Kind, y: Array, answer: Array, weights: Array) -> Array:
     """
     if kind == "classes":
         return weights @ (answer.argmax(1) == y) / weights.sum(1)
+    if kind == "pairs":
+        return weights @ ranks(answer) / weights.sum(1)
     if kind == "binary":
         return weighted_auc(pd.DataFrame({"y": y, "score": answer}), weights)
     return explained(y, answer, weights)
+
+
+def ranks(likeness: Array) -> Array:
+    """Share of the others that are less like a row than its own partner: 1 for the nearest, 0.5 by chance."""
+    others = np.isfinite(likeness) & ~np.eye(len(likeness), dtype=bool)
+    return ((likeness < np.diag(likeness)[:, None]) & others).sum(1) / others.sum(1)
 
 
 def explained(y: Array, answer: Array, weights: Array) -> Array:

@@ -1,6 +1,6 @@
 """Does pretraining help? Arms, tasks and controls on synthetic exams whose truth is known.
 
-    python benchmarks/learn.py                   goes on where it stopped; about NN CPU-hours in all
+    python benchmarks/learn.py                   goes on where it stopped; some CPU-hours in all
     python benchmarks/learn.py --minutes 60      stops after the cell that passes an hour
     python benchmarks/learn.py --quick           three minutes, at a size that says little
 
@@ -17,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from _arms import BASELINES, PRETRAINED, UNTRAINED, describer
+from _arms import ARMS, BASELINES, SUPERVISED, describer
 from _cells import Cell, append, frozen_cells, read_cells
 from _cohort import FULL, QUICK, Cohort, Size, make_cohort
+from _describe import Describer, Encoded
 from _features import Array, features_of, load, places_of, save, targets_of
 from _inputs import Shown, read
+from _supervised import teach
 
 from umbif.corpus.shards import Corpus
 from umbif.progress import console, track
@@ -74,9 +76,16 @@ class Bench:
         """Of every exam of the clinic."""
         path = self.folder / "features" / f"{arm}_{seed}.npz"
         if not path.exists():
-            found = describer(arm, seed, self.cohort, self.folder / "runs", self.overrides)
-            save(path, features_of(found, self.exams, ~self.targets["test"].to_numpy()))
+            save(path, features_of(self.describer(arm, seed), self.exams, ~self.targets["test"].to_numpy()))
         return load(path)
+
+    def describer(self, arm: str, seed: int) -> Describer:
+        """What an arm makes of an exam; trains it where that has not been done."""
+        found = describer(SUPERVISED.get(arm, arm), seed, self.cohort, self.folder / "runs", self.overrides)
+        if isinstance(found, Encoded) and arm in SUPERVISED:
+            teach(found.encoder.requires_grad_(True), Corpus(self.cohort.clinic), self.rows, self.targets, seed)
+            found = Encoded(found.encoder)
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,7 +112,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--develop", action="store_true", help="judge by training people alone: for tuning")
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--arms", nargs="+", default=[*BASELINES, *UNTRAINED, *PRETRAINED])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[*range(NUM_SEEDS)])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of every recipe")
     return parser.parse_args(argv)

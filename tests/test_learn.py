@@ -120,7 +120,7 @@ def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_d
     person = np.arange(N) - (np.arange(N) % 20 == 19)
     targets = pd.DataFrame({"person": person, "test": person >= N // 2})
     half = rng.standard_normal((N, 16))
-    for other, low, high in ((half + 0.1, 1.0, 1.0), (rng.standard_normal((N, 16)), 0.0, 0.1)):
+    for other, low, high in ((half + 0.1, 1.0, 1.0), (rng.standard_normal((N, 16)), 0.4, 0.6)):
         (cell,) = bench("_cells").retrieval(task, {"half_a": half, "half_b": other}, targets)
         assert low <= cell["score"] <= high
         assert json.dumps(cell)
