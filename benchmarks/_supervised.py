@@ -49,7 +49,7 @@ def teach(
     encoder.train().requires_grad_(True)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, num_steps, pct_start=WARMUP / num_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, num_steps, pct_start=min(0.3, WARMUP / num_steps))
     for step in track(range(num_steps), "Supervised training", num_steps):
         slots = range(step * BATCH, (step + 1) * BATCH)
         exams = collate([dataset[slot] for slot in slots], spacing_mm=corpus.spacing_mm, seed=seed)
