@@ -22,7 +22,8 @@ PATCH = 8  # voxels, as the encoders have it
 NUM_PLACES = 48  # of an exam, that patch tasks ask about
 MIN_LESION = 0.25  # of a patch's voxels: with less it is no patch of the lesion
 COARSE = 4  # voxels: what is predicted of a hidden patch are the means of cubes of this size
-T1, FLAIR, OTHER = (SEQUENCES.index(name) for name in ("t1", "flair", "other"))
+T1, T1CE, T2, FLAIR, OTHER = (SEQUENCES.index(name) for name in ("t1", "t1ce", "t2", "flair", "other"))
+HALVES = ((T1, T1CE), (T2, FLAIR))  # of everyone the same: or else the sequences would tell the exams apart
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Shown:
     whole: Exams
     alone: Exams  # one sequence, without its name
     alone_is: int  # index into SEQUENCES
-    halves: tuple[Exams, Exams] | None  # of its sequences; None for an exam with one
+    halves: list[Exams] | None  # `HALVES`; None for an exam that lacks one of the four
     t1: Exams | None  # alone; None where T1 or FLAIR is missing
     brain_voxels: int
     lesion_voxels: int
@@ -64,7 +65,7 @@ def shown(corpus: Corpus, exams: Exams, row: int) -> Shown:
     return Shown(
         row=row, whole=exams, alone=replace(only(exams, [alone]), sequence=torch.full_like(exams.sequence, OTHER)),
         alone_is=int(exams.sequence[0, alone]),
-        halves=(only(exams, entries[::2]), only(exams, entries[1::2])) if len(entries) > 1 else None,
+        halves=[only(exams, [entry_of(exams, s) for s in half]) for half in HALVES] if len(entries) == 4 else None,
         t1=only(exams, [entry_of(exams, T1)]) if {T1, FLAIR} <= here else None, brain_voxels=int(exams.brain.sum()),
         lesion_voxels=round(float(lesion.sum()) * PATCH**3), places=places,
         position_mm=grid.position_mm[0, torch.from_numpy(places)].numpy(), is_lesion=lesion[places] > MIN_LESION,

@@ -76,9 +76,9 @@ def score(kind: Kind, y: Array, answer: Array, weights: Array) -> Array:
 
 
 def ranks(likeness: Array) -> Array:
-    """Share of the others that are less like a row than its own partner: 1 for the nearest, 0.5 by chance."""
-    others = np.isfinite(likeness) & ~np.eye(len(likeness), dtype=bool)
-    return ((likeness < np.diag(likeness)[:, None]) & others).sum(1) / others.sum(1)
+    """Share of others that are less like a row than its partner: 1 for the nearest, 0.5 by chance; ties count half."""
+    own, others = np.diag(likeness)[:, None], np.isfinite(likeness) & ~np.eye(len(likeness), dtype=bool)
+    return (((likeness < own) + (likeness == own) / 2) * others).sum(1) / others.sum(1)
 
 
 def explained(y: Array, answer: Array, weights: Array) -> Array:
