@@ -53,7 +53,7 @@ BASELINES: dict[str, Callable[[], Describer]] = {"histogram": Histogram, "raw": 
 ARMS = (*BASELINES, *UNTRAINED, *PRETRAINED, *SUPERVISED)
 
 
-def describer(arm: str, seed: int, cohort: Cohort, runs: Path, overrides: tuple[str, ...] = ()) -> Describer:
+def describer(arm: str, seed: int, cohort: Cohort, runs: Path) -> Describer:
     """What an arm makes of an exam; pretrains it where that has not been done.
 
     Args:
@@ -61,7 +61,6 @@ def describer(arm: str, seed: int, cohort: Cohort, runs: Path, overrides: tuple[
         seed: Of first weights, views and masks.
         cohort: The exams.
         runs: Folder of the runs.
-        overrides: Of every recipe, such as `trainer.max_steps=300`.
     """
     if arm in BASELINES:
         return BASELINES[arm]()
@@ -69,16 +68,16 @@ def describer(arm: str, seed: int, cohort: Cohort, runs: Path, overrides: tuple[
     if arm == "cnn":
         return Encoded(CNN3D("efficientnet_b0", voxel_mm=2.0))
     if arm == "untrained":
-        return Encoded(encoder_of(compose(RECIPE, [*overrides, f"run.seed={seed}"])))
-    recipe = recipe_of(arm, seed, cohort, runs, overrides)
+        return Encoded(encoder_of(compose(RECIPE)))
+    recipe = recipe_of(arm, seed, cohort, runs)
     return Encoded(encoder_of(recipe, fit(recipe)))
 
 
-def recipe_of(arm: str, seed: int, cohort: Cohort, runs: Path, overrides: tuple[str, ...]) -> Recipe:
+def recipe_of(arm: str, seed: int, cohort: Cohort, runs: Path) -> Recipe:
     """The recipe that pretrains an arm."""
     own = PRETRAINED[arm]
     place = [f"data.corpus={getattr(cohort, own.corpus)}", f"run.dir={runs / f'{arm}_{seed}'}", f"run.seed={seed}"]
-    return compose(RECIPE, [*QUIETLY, *overrides, *own.overrides, *place])
+    return compose(RECIPE, [*QUIETLY, *own.overrides, *place])
 
 
 def encoder_of(recipe: Recipe, weights: Path | None = None) -> ViT3D:

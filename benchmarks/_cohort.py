@@ -33,7 +33,6 @@ class Size:
 
 
 FULL = Size(unlabelled=400, clinic=680)
-QUICK = Size(unlabelled=48, clinic=120)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ same seeds, labelled exams and test people.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from _tasks import TASKS
 from scipy.stats import binom
+
+from umbif.evaluation.statistics import Estimate
 
 Array = npt.NDArray[Any]
 Cell = dict[str, Any]
@@ -22,18 +23,6 @@ PRIMARY_PROBE, PRIMARY_LABELS = "linear", 64
 SMALLEST_GAIN = 0.05  # of AUC, R² or accuracy
 PRIMARY_TASKS = tuple(task.name for task in TASKS if not task.is_trivial)
 NUM_RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
 
 
 class Cells:

@@ -81,6 +81,8 @@ def answered(question: Question, probe: str, exams: Array, test: Array) -> Array
 def draws(question: Question, num_labels: int) -> Iterator[Array]:
     """Which exams are labelled, for each draw: of as many people, the same for every arm."""
     pool = np.unique(question.exam[~question.is_test[question.exam]])
+    if not has_all_classes(question, pool):
+        raise ValueError(f"{question.task.name}: a class has fewer than two exams to be labelled")
     for draw in range(NUM_DRAWS):
         rng = np.random.default_rng((DRAWN, num_labels, draw))
         while True:
