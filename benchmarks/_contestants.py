@@ -39,6 +39,7 @@ EQUAL = (
     "model.decoder.kind=joint", "model.contrast_weight=0", "model.encoder.num_registers=1",
     "model.masking.num_targets=null", "model.masking.max_visible_share=1.0", "model.augmentation.flip_probability=0",
     "model.augmentation.curve=0", "model.augmentation.bias=0", "model.augmentation.scale=0",
+    "model.augmentation.hide_name=0", "model.normalise_targets=true",
 )  # fmt: skip
 
 

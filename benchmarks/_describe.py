@@ -1,15 +1,15 @@
 """What becomes of an exam before a probe sees it: the features of an encoder, or something that needs no learning.
 
-Shapes: P asked places, F features of an exam, G features of a place.
+Shapes: P asked places, F, G and H features.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from _inputs import PATCH, places_of_tokens
+from _inputs import PATCH, tokens_of
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool3d
 
@@ -24,75 +24,94 @@ BINS = np.linspace(-3, 4, 33)  # z-scores
 RAW_CELLS = 10  # along each edge of the brain's box
 
 
+class Description(NamedTuple):
+    """What is known of one exam."""
+
+    by_sequence: Array  # (F,) NaN where a sequence is absent
+    together: Array  # (G,) of all that is shown, comparable whatever the sequences
+    places: Array | None  # (P, H) of some places, if they were asked for and are known
+
+
 class Describer(Protocol):
     """Turns one exam (a batch of one) into numbers."""
 
-    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
-        """Of the exam (F,), and of some of its places (P, G), if they are asked for and it knows places."""
+    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
+        """Of the exam, and of some of its places."""
         ...
 
 
 class Encoded:
-    """Features of an encoder: the mean token and the extremes of its tokens, as fine-tuning starts from."""
+    """Features of an encoder: the mean token and the extremes of the tokens of each sequence."""
 
     def __init__(self, encoder: ViT3D | CNN3D) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
         self.pool = ExtremesHead(encoder.embed_dim)
 
     @torch.no_grad()
-    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
+    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
         """See `Describer`; of a place, the mean over its sequences."""
-        found = self.encoder.forward_features(exams)
-        exam = self.pool.features(*found)[0].numpy()
-        if places is None or not isinstance(self.encoder, ViT3D):
-            return exam, None
-        at = places_of_tokens(patch_grid(exams, PATCH))
-        return exam, np.stack([found[0][0, at == place].mean(0).numpy() for place in places.tolist()])
+        tokens = self.encoder.forward_features(exams)[0]
+        if isinstance(self.encoder, ViT3D):
+            entry, place = tokens_of(patch_grid(exams, PATCH))
+        else:
+            entry, place = here(exams).repeat_interleave(tokens.shape[1] // len(here(exams))), None
+        found = [self.pooled(tokens[:, entry == one]) for one in here(exams)]
+        of_places = None
+        if places is not None and place is not None:
+            of_places = np.stack([tokens[0, place == one].mean(0).numpy() for one in places.tolist()])
+        return Description(by_sequence(exams, found), self.pooled(tokens), of_places)
+
+    def pooled(self, tokens: Tensor) -> Array:
+        """(1, V, E) to (3 E,)."""
+        everywhere = torch.ones(tokens.shape[:2], dtype=torch.bool)
+        return self.pool.features(tokens, everywhere, tokens.mean(1))[0].numpy()
 
 
 class Histogram:
     """Intensities without their places: a histogram of each sequence; of a place, mean, spread and extremes."""
 
-    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
+    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
         """See `Describer`."""
         volumes, brain = exams.z_scores()[0], exams.brain[0]
-        shares = [np.histogram(volume[brain].numpy(), BINS, density=True)[0] for volume in volumes]
-        exam = by_sequence(exams, shares)
-        if places is None:
-            return exam, None
-        voxels = patches_of(exams, places).flatten(2)  # (S, P, voxels)
-        spread, mean = torch.std_mean(voxels, -1)
-        of_places = torch.stack([mean, spread, voxels.amax(-1), voxels.amin(-1)], -1).numpy()
-        return exam, by_sequence(exams, of_places)
+        shares = [np.histogram(volumes[entry][brain].numpy(), BINS, density=True)[0] for entry in here(exams)]
+        of_places = None
+        if places is not None:
+            voxels = patches_of(exams, places).flatten(2)  # (S, P, voxels)
+            spread, mean = torch.std_mean(voxels, -1)
+            of_places = by_sequence(exams, torch.stack([mean, spread, voxels.amax(-1), voxels.amin(-1)], -1).numpy())
+        return Description(by_sequence(exams, shares), np.mean(shares, axis=0), of_places)
 
 
 class Raw:
     """Voxels, coarsely. Probes see their principal components."""
 
-    def __call__(self, exams: Exams, places: Array | None = None) -> tuple[Array, Array | None]:
+    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
         """See `Describer`."""
         x, y, z = (int(n) for n in exams.box[0])
-        cells = adaptive_avg_pool3d(exams.z_scores()[0, :, :x, :y, :z], RAW_CELLS)
-        exam = by_sequence(exams, cells.flatten(1).numpy())
-        if places is None:
-            return exam, None
-        return exam, by_sequence(exams, avg_pool3d(patches_of(exams, places), 2).flatten(2).numpy())
+        cells = adaptive_avg_pool3d(exams.z_scores()[0, here(exams), :x, :y, :z], RAW_CELLS).flatten(1).numpy()
+        of_places = None
+        if places is not None:
+            of_places = by_sequence(exams, avg_pool3d(patches_of(exams, places), 2).flatten(2).numpy())
+        return Description(by_sequence(exams, cells), cells.mean(0), of_places)
+
+
+def here(exams: Exams) -> Tensor:
+    """The entries that are present."""
+    return exams.present[0].nonzero()[:, 0]
 
 
 def by_sequence(exams: Exams, found: Sequence[Array] | Array) -> Array:
-    """Puts what was found of each entry to a place of its sequence, zeros for those that are absent."""
+    """Puts what was found of each present entry (…, F) to a place of its sequence; NaN for those that are absent."""
     found = np.asarray(found, dtype=np.float32)
-    slots = np.zeros((len(SEQUENCES), *found.shape[1:]), np.float32)
-    for entry in exams.present[0].nonzero()[:, 0].tolist():
-        slots[int(exams.sequence[0, entry])] = found[entry]
+    slots = np.full((len(SEQUENCES), *found.shape[1:]), np.nan, np.float32)
+    slots[exams.sequence[0, here(exams)].numpy()] = found
     used = slots[[SEQUENCES.index(name) for name in ("t1", "t1ce", "t2", "flair", "other")]]
     return np.moveaxis(used, 0, -2).reshape(*found.shape[1:-1], -1)
 
 
 def patches_of(exams: Exams, places: Array) -> Tensor:
-    """Voxels of some places in every sequence, (S, P, p, p, p)."""
+    """Voxels of some places in every present sequence, (S, P, p, p, p)."""
     grid = patch_grid(exams, PATCH)
-    S, N = exams.present.shape[1], grid.position_mm.shape[1]
-    index = (torch.arange(S)[:, None] * N + torch.from_numpy(places)).flatten()[None]
+    index = (here(exams)[:, None] * grid.position_mm.shape[1] + torch.from_numpy(places)).flatten()[None]
     voxels = gather(exams, grid, index, torch.ones_like(index, dtype=torch.bool)).voxels
-    return voxels.view(S, len(places), PATCH, PATCH, PATCH)
+    return voxels.view(-1, len(places), PATCH, PATCH, PATCH)

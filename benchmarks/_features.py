@@ -15,7 +15,7 @@ from _inputs import Shown
 from sklearn.decomposition import PCA
 
 Array = npt.NDArray[Any]
-NUM_COMPONENTS = 128  # of features that are more than four times as many
+MANY, NUM_COMPONENTS = 2048, 128  # of more features than MANY, so many principal components stand for them
 
 
 def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> dict[str, Array]:
@@ -29,20 +29,20 @@ def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> d
     Returns:
         (N, F), and (N, P, G) of places; NaN where an exam cannot be shown that way.
     """
-    described = [description(describer, exam) for exam in exams]
+    described = [shown_all_ways(describer, exam) for exam in exams]
     found = {name: [one[name] for one in described] for name in described[0]}
     stacked = {name: filled(parts) for name, parts in found.items() if any(part is not None for part in parts)}
-    return {name: reduced(x, train) if x.ndim == 2 else x for name, x in stacked.items()}
+    whole = {name: completed(x, train) for name, x in stacked.items()}
+    return {name: reduced(x, train) if x.ndim == 2 else x for name, x in whole.items()}
 
 
-def description(describer: Describer, exam: Shown) -> dict[str, Array | None]:
+def shown_all_ways(describer: Describer, exam: Shown) -> dict[str, Array | None]:
     """One exam, shown in every way."""
-    whole, lesion = describer(exam.whole, exam.places)
-    half_a, half_b = (None, None) if exam.halves is None else (describer(half)[0] for half in exam.halves)
+    whole, alone = describer(exam.whole, exam.places), describer(exam.alone)
+    half_a, half_b = (None, None) if exam.halves is None else (describer(half).together for half in exam.halves)
     return {
-        "whole": whole, "lesion": lesion, "half_a": half_a, "half_b": half_b,
-        "alone": describer(exam.alone)[0],
-        "flair": None if exam.t1 is None else describer(exam.t1, exam.places)[1],
+        "whole": whole.by_sequence, "lesion": whole.places, "half_a": half_a, "half_b": half_b, "alone": alone.together,
+        "flair": None if exam.t1 is None else describer(exam.t1, exam.places).places,
     }  # fmt: skip
 
 
@@ -53,10 +53,20 @@ def filled(parts: Sequence[Array | None]) -> Array:
     return np.stack([missing if part is None else part for part in parts]).astype(np.float32)
 
 
+def completed(x: Array, train: Array) -> Array:
+    """What an exam lacks, a sequence say, takes the mean of the training exams; what all of them lack is dropped."""
+    known = np.isfinite(x)
+    missing = ~known.any(axis=tuple(range(1, x.ndim)), keepdims=True)  # exams that cannot be shown this way
+    over = tuple(range(x.ndim - 1))
+    usual = np.where(known, x, 0)[train].sum(over) / known[train].sum(over).clip(1)
+    kept = known[train].any(over)
+    return np.where(known | missing, x, usual)[..., kept].astype(np.float32)
+
+
 def reduced(x: Array, train: Array) -> Array:
     """Principal components of features that are many."""
     known = np.isfinite(x).all(1)
-    if x.shape[1] <= 4 * NUM_COMPONENTS:
+    if x.shape[1] <= MANY:
         return x
     num = min(NUM_COMPONENTS, int((known & train).sum()) - 1)
     pca = PCA(num, random_state=0).fit(x[known & train])

@@ -111,6 +111,7 @@ def coarse(exams: Exams, grid: PatchGrid, entry: int, places: Array) -> Array:
     return avg_pool3d(voxels[:, None], COARSE).flatten(1).numpy()
 
 
-def places_of_tokens(grid: PatchGrid) -> Tensor:
-    """The place (V,) of every token of one exam, in the order in which an encoder gives them."""
-    return choose(grid)[0][0] % grid.position_mm.shape[1]
+def tokens_of(grid: PatchGrid) -> tuple[Tensor, Tensor]:
+    """Entry and place (V,) of every token of one exam, in the order in which an encoder gives them."""
+    index, num_places = choose(grid)[0][0], grid.position_mm.shape[1]
+    return index // num_places, index % num_places

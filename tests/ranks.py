@@ -8,17 +8,25 @@ import torch.distributed as dist
 from umbif.encoders.guard import Guard
 from umbif.errors import UmbifError
 from umbif.pretrain.contrast import Contrast, ContrastOptions
-from umbif.pretrain.losses import Identity
+from umbif.pretrain.units import Identity, Units
 
 
-def contrast_batch(num_views: int = 2) -> tuple[torch.Tensor, Identity]:
-    """Features and owners of six exams: the first and third of one person, the last without brain."""
+def contrast_batch(num_views: int = 2, num_units: int = 1) -> Units:
+    """Units of six exams: the first and third of one person, the last without brain, the third without a second."""
     slot = torch.arange(10, 16).repeat_interleave(num_views)
     person = torch.tensor([7, 8, 7, 9, 3, 4]).repeat_interleave(num_views)
     view = torch.arange(num_views).repeat(6)
-    valid = (slot < 15).long()
-    features = torch.randn(len(slot), 6, generator=torch.Generator().manual_seed(1))
-    return features, Identity(torch.stack([slot, view, person, valid], dim=1))
+    sequence = torch.arange(num_units).expand(len(slot), -1)
+    valid = ((slot < 15)[:, None] & ((slot != 12)[:, None] | (sequence == 0))).long()
+    known = torch.stack([slot, view, person], dim=1)[:, None].expand(-1, num_units, -1)
+    rows = torch.cat([known, sequence[..., None], valid[..., None]], dim=-1).flatten(0, 1)
+    return Units(torch.randn(len(slot), num_units, 6, generator=torch.Generator().manual_seed(1)), Identity(rows))
+
+
+def moved(units: Units, slot: int = 0, person: int = 0, rank: int = 0, world_size: int = 1) -> Units:
+    """Other slots and people, of one rank."""
+    rows = units.who.rows + torch.tensor([slot, 0, person, 0, 0])
+    return Units(units.features.chunk(world_size)[rank], Identity(rows.chunk(world_size)[rank]))
 
 
 def same_contrast(queue_size: int = 0) -> Contrast:
@@ -31,19 +39,17 @@ def contrast_of_rank(rank: int, world_size: int, folder: Path) -> None:
     """Writes loss, gradients and queue of this rank's share of the batch, after a first step filled the queue."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    features, who = contrast_batch()
-    share, owners = features.chunk(world_size)[rank], Identity(who.rows.chunk(world_size)[rank])
-    torch.save(two_steps(share, owners), folder / f"{rank}.pt")
+    torch.save(two_steps(moved(contrast_batch(num_units=2), rank=rank, world_size=world_size)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def two_steps(features: torch.Tensor, who: Identity) -> dict[str, object]:
+def two_steps(units: Units) -> dict[str, object]:
     """Loss and gradients of a second step, whose negatives are those of the batch and of the step before."""
     contrast = same_contrast(queue_size=16)
-    earlier = Identity(who.rows + torch.tensor([-100, 0, 50, 0]))
-    contrast(features.flip(1), earlier)
+    earlier = moved(units, slot=-100, person=50)
+    contrast(Units(earlier.features.flip(2), earlier.who))
     contrast.queue.settle(accepted=True)
-    loss = contrast(features, who)
+    loss = contrast(units)
     loss.mean().backward()
     gradients = {name: p.grad for name, p in contrast.named_parameters()}
     return {"loss": loss.detach(), "gradients": gradients, "queue": contrast.queue.whose}

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from umbif.encoders.optimise import WarmupCosine, adamw
+from umbif.encoders.pooling import masked_mean
 from umbif.encoders.position import MillimetrePosition
-from umbif.encoders.transformer import Block, key_mask, masked_mean
+from umbif.encoders.transformer import Block, key_mask
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, WEIGHTS, load_encoder_weights, save_encoder
 from umbif.errors import UsageError

@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 import torch.multiprocessing as mp
-from ranks import contrast_batch, contrast_of_rank, same_contrast, two_steps
+from ranks import contrast_batch, contrast_of_rank, moved, same_contrast, two_steps
+from small import small_umbif, views
 
 from umbif.pretrain.contrast import Contrast, ContrastOptions, MovingAverage, standardised
-from umbif.pretrain.losses import Identity, TargetErrors, info_nce, normalised
+from umbif.pretrain.losses import TargetErrors, info_nce, normalised
+from umbif.pretrain.units import Identity, Units
+from umbif.stream.patches import choose, gather, patch_grid
 
 
 def test_the_target_is_normalised_patch_by_patch():
@@ -30,60 +33,96 @@ def test_reconstruction_is_the_mean_over_valid_targets_of_an_exam_or_of_a_sequen
     assert nothing.by_sequence() == {}
 
 
-@pytest.mark.parametrize("num_views", [2, 3])
+@pytest.mark.parametrize(("num_views", "num_units"), [(2, 1), (3, 1), (2, 3)])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 @pytest.mark.parametrize("same_person", [False, True])
-def test_contrast_equals_a_loop_over_all_pairs(num_views, temperature, same_person):
-    z, who = contrast_batch(num_views)
-    found = info_nce(z, z, who, who, temperature=temperature, same_person_negatives=same_person)
+def test_contrast_equals_a_loop_over_all_pairs(num_views, num_units, temperature, same_person):
+    z, who = rows_of(contrast_batch(num_views, num_units))
+    found, asked = info_nce(z, z, who, who, temperature=temperature, same_person_negatives=same_person)
     assert found.tolist() == pytest.approx(loop(z, who, temperature, same_person), rel=1e-5, abs=1e-6)
+    assert asked.equal(who.valid)
 
 
 def test_other_exams_of_one_person_are_never_negatives_unless_told():
-    z, who = contrast_batch()
+    z, who = rows_of(contrast_batch())
     assert who.person[0] == who.person[4] != who.person[2]
     for told in (False, True):
         leaf = z.clone().requires_grad_()
-        info_nce(leaf, leaf, who, who, temperature=0.2, same_person_negatives=told)[:2].sum().backward()
+        info_nce(leaf, leaf, who, who, temperature=0.2, same_person_negatives=told)[0][:2].sum().backward()
         assert (leaf.grad[4:6].abs().max() > 0) == told
         assert leaf.grad[2:4].abs().max() > 0
 
 
 def test_a_view_without_brain_is_neither_asked_nor_an_answer():
-    z, who = contrast_batch()
+    z, who = rows_of(contrast_batch())
     leaf = z.clone().requires_grad_()
-    loss = info_nce(leaf, leaf, who, who, temperature=0.2)
+    loss, asked = info_nce(leaf, leaf, who, who, temperature=0.2)
     loss.sum().backward()
     assert loss[-2:].tolist() == [0.0, 0.0]
     assert (loss[:-2] > 0).all()
+    assert asked.tolist() == [True] * 10 + [False] * 2
     assert leaf.grad[-2:].abs().max() == 0
 
 
 def test_a_batch_of_one_person_has_no_contrast_and_no_nan():
-    z, who = contrast_batch()
+    z, who = rows_of(contrast_batch())
     rows = who.rows.clone()
     rows[:, 2] = 0
     leaf = z.clone().requires_grad_()
-    loss = info_nce(leaf, leaf, Identity(rows), Identity(rows), temperature=0.2)
+    loss, _ = info_nce(leaf, leaf, Identity(rows), Identity(rows), temperature=0.2)
     loss.sum().backward()
     assert loss.abs().max() < 1e-6
     assert leaf.grad.isfinite().all()
 
 
-def test_projections_are_standardised_over_what_is_valid():
-    z = torch.randn(6, 4) * 3 + 10
-    valid = torch.tensor([True] * 4 + [False] * 2)
-    found = standardised(z, valid)
-    assert torch.allclose(found[:4].mean(0), torch.zeros(4), atol=1e-5)
-    assert torch.allclose(found[:4].std(0), torch.ones(4), atol=1e-3)
-    assert standardised(z, torch.zeros(6, dtype=torch.bool)).isfinite().all()
+def test_values_are_standardised_over_what_is_valid_of_each_sequence():
+    who = contrast_batch(num_units=2).who
+    z = torch.randn(24, 4) * 3 + 10 + 5 * who.sequence[:, None]
+    found = standardised(z, who, who)
+    for sequence in (0, 1):
+        own = found[who.valid & (who.sequence == sequence)]
+        assert torch.allclose(own.mean(0), torch.zeros(4), atol=1e-5)
+        assert torch.allclose(own.std(0), torch.ones(4), atol=1e-3)
+    nobody = Identity(who.rows * torch.tensor([1, 1, 1, 1, 0]))
+    assert standardised(z, nobody, nobody).isfinite().all()
+
+
+def test_a_view_costs_the_mean_of_its_sequences_that_have_a_sibling():
+    units, contrast = contrast_batch(num_units=2), same_contrast()
+    both = contrast(units).view(6, 2)
+    z = contrast.projected(units)
+    each, asked = info_nce(z, z, units.who, units.who, temperature=0.2)
+    each = each.view(6, 2, 2)  # exams, views, sequences
+    assert asked.view(6, 2, 2)[2].tolist() == [[True, False]] * 2
+    assert torch.allclose(both[2], each[2, :, 0])
+    assert torch.allclose(both[[0, 1, 3, 4]], each[[0, 1, 3, 4]].mean(-1))
+
+
+def test_units_pool_the_tokens_of_each_sequence_and_name_their_owners(corpus):
+    exams = views(corpus, range(3))
+    module = small_umbif()
+    patches = gather(exams, patch_grid(exams, 8), *choose(patch_grid(exams, 8)))
+    tokens, valid, mean = module.encoder(patches)
+    whole = Units.of(tokens, valid, patches, exams, "view", None)
+    assert torch.allclose(whole.features[:, 0], mean, atol=1e-6)
+    assert whole.who.sequence.tolist() == [0] * len(exams)
+    each = Units.of(tokens, valid, patches, exams, "sequence", 0.1)
+    B, S = exams.present.shape
+    assert each.features.shape == (B, S, 3 * tokens.shape[-1])
+    assert each.who.valid.view(B, S).equal(exams.present)
+    assert each.who.sequence.view(B, S).equal(exams.sequence)
+    assert each.who.slot.view(B, S).equal(exams.slot[:, None].expand(B, S))
+    own = tokens[1, valid[1] & (patches.entry[1] == 0)]
+    assert torch.allclose(each.features[1, 0, : tokens.shape[-1]], own.mean(0), atol=1e-5)
+    num = math.ceil(0.1 * len(own))
+    assert torch.allclose(each.features[1, 0, -tokens.shape[-1] :], own.sort(0).values[:num].mean(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_contrast_over_ranks_equals_the_joined_batch(tmp_path, world_size):
     """Losses, gradients and the queue's order; with a person on two ranks and an exam without brain."""
     mp.start_processes(contrast_of_rank, args=(world_size, tmp_path), nprocs=world_size, start_method="spawn")
-    whole = two_steps(*contrast_batch())
+    whole = two_steps(contrast_batch(num_units=2))
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
     assert torch.allclose(torch.cat([rank["loss"] for rank in ranks]), whole["loss"], atol=1e-6)
     for name, expected in whole["gradients"].items():
@@ -93,31 +132,28 @@ def test_contrast_over_ranks_equals_the_joined_batch(tmp_path, world_size):
 
 
 def test_the_queue_holds_the_last_accepted_keys_and_they_are_negatives():
-    contrast = same_contrast(queue_size=5)
-    z, who = contrast_batch()
-    alone = contrast(z, who)
+    contrast, units = same_contrast(queue_size=5), contrast_batch()
+    alone = contrast(units)
     contrast.queue.settle(accepted=False)
-    assert torch.equal(contrast(z, who), alone)  # dropped keys are forgotten
+    assert torch.equal(contrast(units), alone)  # dropped keys are forgotten
     contrast.queue.settle(accepted=True)
-    assert contrast.queue.whose.tolist() == who.rows[-5:].tolist()
-    later = Identity(who.rows + torch.tensor([100, 0, 50, 0]))
-    more = contrast(z, later)
+    assert contrast.queue.whose.tolist() == units.who.rows[-5:].tolist()
+    later = moved(units, slot=100, person=50)
+    more = contrast(later)
     assert (more[:-2] > alone[:-2]).all()  # further opponents
     contrast.queue.settle(accepted=True)
     assert set(contrast.queue.whose[:, 0].tolist()) == {113, 114, 115}
-    assert torch.equal(contrast.eval()(z, later), alone)  # evaluation looks at its own batch only
+    assert torch.allclose(contrast.eval()(later), alone)  # evaluation looks at its own batch only
 
 
 def test_keys_of_a_queue_of_the_same_person_are_no_negatives():
-    contrast = same_contrast(queue_size=12)
-    z, who = contrast_batch()
-    contrast(z, who)
+    contrast, units = same_contrast(queue_size=12), contrast_batch()
+    contrast(units)
     contrast.queue.settle(accepted=True)
-    same_people = Identity(who.rows + torch.tensor([100, 0, 0, 0]))
-    rows = same_people.rows.clone()
-    rows[:, 2] = 7  # all of the queue's are of one person, and so is the batch
+    later = moved(units, slot=100)
+    later.who.rows[:, 2] = 7  # all of the queue's are of one person, and so is the batch
     contrast.queue.whose[:, 2] = 7
-    assert contrast(z, Identity(rows)).abs().max() < 1e-6
+    assert contrast(later).abs().max() < 1e-6
 
 
 def test_the_moving_average_keeps_its_share_and_never_a_gradient():
@@ -132,12 +168,16 @@ def test_the_moving_average_keeps_its_share_and_never_a_gradient():
 
 
 def test_keys_of_a_moving_average_get_no_gradient():
-    contrast = Contrast(6, ContrastOptions(projector_dim=5))
-    z, who = contrast_batch()
-    keys = torch.randn(len(z), 5, requires_grad=True)
-    contrast(z, who, keys.detach()).sum().backward()
+    contrast, units = Contrast(6, ContrastOptions(projector_dim=5)), contrast_batch()
+    keys = torch.randn(len(units.features), 5, requires_grad=True)
+    contrast(units, keys.detach()).sum().backward()
     assert keys.grad is None
-    assert not torch.allclose(contrast(z, who, keys.detach()), contrast(z, who))
+    assert not torch.allclose(contrast(units, keys.detach()), contrast(units))
+
+
+def rows_of(units: Units) -> tuple[torch.Tensor, Identity]:
+    """What is compared, and whose it is."""
+    return units.features.flatten(0, 1), units.who
 
 
 def loop(z: torch.Tensor, who: Identity, temperature: float, same_person: bool) -> list[float]:
@@ -149,8 +189,9 @@ def loop(z: torch.Tensor, who: Identity, temperature: float, same_person: bool) 
         return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b) / temperature
 
     losses = []
-    for i, (slot, _, person, valid) in enumerate(rows):
-        keys = [j for j in range(len(rows)) if j != i and rows[j][3]]
+    for i, (slot, view, person, sequence, valid) in enumerate(rows):
+        keys = [j for j in range(len(rows)) if j != i and rows[j][4] and rows[j][3] == sequence]
+        assert all(rows[j][1] != view for j in keys if rows[j][0] == slot)
         positives = [j for j in keys if rows[j][0] == slot]
         negatives = [j for j in keys if rows[j][0] != slot and (same_person or rows[j][2] != person)]
         if not valid or not positives:

@@ -54,7 +54,7 @@ def test_an_untrained_model_is_at_chance(batch):
     """Of a target with variance 1, a prediction near 0 misses 1; of n keys that look alike, one is right by log n."""
     parts = {name: value.detach() for name, value in small_umbif().losses(batch).parts.items()}
     assert parts["reconstruction"].mean() == pytest.approx(1.0, abs=0.7)
-    assert parts["contrast"].mean() == pytest.approx(math.log(len(batch) - 2), abs=1.2)
+    assert parts["contrast"].mean() == pytest.approx(math.log(len(batch) - 2), abs=2.0)
 
 
 @pytest.mark.parametrize("kind", ["cross", "joint"])

@@ -341,6 +341,20 @@ def test_each_strength_alone_changes_something(batch, name):
     assert torch.equal(changed.position_mm, all_patches(batch).position_mm) == (name != "flip_probability")
 
 
+def test_a_name_is_hidden_of_all_patches_of_a_sequence_or_of_none(batch):
+    before = all_patches(batch)
+    after = replace(OFF, hide_name=0.5)(before, batch)
+    assert torch.equal(after.voxels, before.voxels)
+    other, hidden = SEQUENCES.index("other"), 0
+    for row in range(len(batch)):
+        for entry in range(int(batch.present[row].sum())):
+            own = before.entry[row] == entry
+            names = set(after.sequence[row, own].tolist())
+            assert names in ({other}, set(before.sequence[row, own].tolist()))
+            hidden += names == {other}
+    assert 0 < hidden < int(batch.present.sum())
+
+
 def test_a_bias_field_is_one_polynomial_over_the_borders_of_patches(corpus):
     exams = whole_brain(corpus, "TINY/P6").padded(PATCH)
     zero, one = torch.zeros_like(exams.scale), torch.ones_like(exams.scale)

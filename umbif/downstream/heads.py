@@ -3,14 +3,14 @@
 Shapes: B exams, V tokens, E width, F features.
 """
 
-import math
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from torch import Tensor, nn
+
+from umbif.encoders.pooling import extremes
 
 NUM_FOLDS = 5
 INVERSE_PENALTIES = np.logspace(-5, 1, 7)
@@ -19,13 +19,9 @@ INVERSE_PENALTIES = np.logspace(-5, 1, 7)
 class ExtremesHead(nn.Module):
     """A linear layer on the mean token and on the largest and smallest values of each channel.
 
-    A lesion is few tokens of many, which a mean drowns; the extremes keep them (pooling of instances, as in Ilse et al.
-    2018, arXiv:1802.04712).
-
     Args:
         embed_dim: E.
-        extreme_share: Share of an exam's tokens that each extreme is averaged over: a share and not a number, so that
-            training on some of the tokens and evaluation on all of them see the same.
+        extreme_share: See `extremes`.
         dropout: Of the features.
     """
 
@@ -41,8 +37,7 @@ class ExtremesHead(nn.Module):
 
     def features(self, tokens: Tensor, valid: Tensor, pooled: Tensor) -> Tensor:
         """(B, F) of tokens (B, V, E), which of them are valid (B, V), and their mean (B, E)."""
-        largest, smallest = (self._largest(sign * tokens, valid) * sign for sign in (1, -1))
-        return torch.cat([pooled, largest, smallest], dim=-1)
+        return torch.cat([pooled, *extremes(tokens, valid, self.extreme_share)], dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) to logits (B,)."""
@@ -73,11 +68,3 @@ class ExtremesHead(nn.Module):
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(model.coef_))
             self.linear.bias.copy_(torch.from_numpy(model.intercept_))
-
-    def _largest(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Mean of the largest values of each channel, (B, E)."""
-        num = (valid.sum(1) * self.extreme_share).ceil().clamp_min(1)
-        width = min(tokens.shape[1], math.ceil(tokens.shape[1] * self.extreme_share))
-        top = tokens.masked_fill(~valid[..., None], -1e4).topk(width, dim=1).values
-        counted = (torch.arange(width, device=tokens.device) < num[:, None])[..., None]
-        return (top * counted).sum(1) / num[:, None]

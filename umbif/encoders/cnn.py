@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from umbif.encoders.transformer import masked_mean
+from umbif.encoders.pooling import masked_mean
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
 from umbif.stream.order import Triple

@@ -83,12 +83,6 @@ def key_mask(valid: Tensor, num_always: int = 0) -> Tensor | None:
     return pad(valid, (num_always, 0), value=True)[:, None, None, :]
 
 
-def masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
-    """Mean of the valid tokens, (B, V, E) to (B, E); zeros for an exam without any."""
-    weights = valid[..., None].to(tokens.dtype)
-    return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
-
-
 def initialise(module: nn.Module) -> None:
     """Xavier for linear layers, as He et al. 2022 for masked autoencoders."""
     if isinstance(module, nn.Linear):

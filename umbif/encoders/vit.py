@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from umbif.encoders.pooling import masked_mean
 from umbif.encoders.position import MillimetrePosition, RotaryPosition
-from umbif.encoders.transformer import Block, initialise, key_mask, masked_mean, norm
+from umbif.encoders.transformer import Block, initialise, key_mask, norm
 from umbif.errors import Problem, UsageError
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import SEQUENCES, Exams

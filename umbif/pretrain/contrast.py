@@ -1,8 +1,10 @@
 """Contrast between views: SimCLR (Chen et al. 2020, arXiv:2002.05709), or MoCo with a moving average and a queue
 (He et al. 2020, arXiv:1911.05722; Chen et al. 2021, arXiv:2104.02057).
 
-Negatives are the views of all other exams of all ranks, and those that a queue remembers.
-Shapes: B exams × views of this rank, K keys, D dimensions of a projection.
+Compared are views as a whole, or each sequence of a view with the same sequence of others: then no one is told apart
+by which sequences it shows. Negatives are those of all other people of all ranks, and those that a queue remembers.
+Shapes: B exams × views of this rank, U units of a view, F features of a unit, R = B * U rows, K keys, D dimensions of a
+projection.
 """
 
 import copy
@@ -12,10 +14,14 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from umbif.encoders.transformer import norm
 from umbif.pretrain.gather import gathered, gathered_rows
-from umbif.pretrain.losses import Identity, info_nce
+from umbif.pretrain.losses import info_nce
+from umbif.pretrain.units import Identity, Unit, Units
+from umbif.stream.exams import SEQUENCES, Exams
+from umbif.stream.patches import Patches
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,8 @@ class ContrastOptions:
     """How views are compared.
 
     Args:
+        unit: What is compared: each `view`, or each `sequence` of a view.
+        extreme_share: Share of a unit's tokens whose extremes are compared beside their mean; null for the mean alone.
         temperature: Of the softmax.
         projector_dim: D.
         projector_hidden: Width of the projector's hidden layers; null for twice the encoder's.
@@ -31,6 +39,8 @@ class ContrastOptions:
         same_person_negatives: Let other exams of one person be negatives.
     """
 
+    unit: Unit = "view"
+    extreme_share: float | None = None
     temperature: float = 0.2
     projector_dim: int = 128
     projector_hidden: int | None = None
@@ -43,7 +53,7 @@ class Contrast(nn.Module):
     """Projects pooled features and matches views.
 
     Args:
-        width: Of the pooled features.
+        width: Of a token.
         options: See there.
     """
 
@@ -51,31 +61,43 @@ class Contrast(nn.Module):
         super().__init__()
         hidden = options.projector_hidden or 2 * width
         self.options = options
-        self.projector = projector(width, hidden, options.projector_dim, options.projector_depth)
+        features = width if options.extreme_share is None else 3 * width
+        self.projector = projector(features, hidden, options.projector_dim, options.projector_depth)
         self.queue = Queue(options.queue_size, options.projector_dim)
 
-    def forward(self, pooled: Tensor, who: Identity, keys: Tensor | None = None) -> Tensor:
-        """Loss of each view, (B,).
+    def forward(self, units: Units, keys: Tensor | None = None) -> Tensor:
+        """Loss of each view, (B,): the mean over its units that have a sibling.
 
         Args:
-            pooled: (B, E).
-            who: Of each row.
-            keys: (B, D) projections of the same views by a moving average; default, those of `pooled`.
+            units: Of this rank.
+            keys: (R, D) projections of the same units by a moving average; default, those of `units`.
 
         The mean over ranks of the means is the loss of the joined batch, and so are its gradients under data-parallel
         averaging.
         """
-        whose = Identity(gathered_rows(who.rows))
-        query = standardised(self.projector(pooled), whose.valid)
-        key = gathered(query) if keys is None else gathered_rows(standardised(keys, whose.valid))
+        whose = Identity(gathered_rows(units.who.rows))
+        query = self.projected(units)
+        key = gathered(query) if keys is None else gathered_rows(keys)
         if self.training:
             self.queue.note(key, whose)
             key, whose = self.queue.joined(key, whose)
         options = self.options
-        return info_nce(
-            query, key, who, whose, temperature=options.temperature,
+        loss, asked = info_nce(
+            query, key, units.who, whose, temperature=options.temperature,
             same_person_negatives=options.same_person_negatives,
         )  # fmt: skip
+        shape = units.features.shape[:2]
+        return loss.view(shape).sum(1) / asked.view(shape).sum(1).clamp_min(1)
+
+    def units(self, tokens: Tensor, valid: Tensor, patches: Patches, exams: Exams) -> Units:
+        """What is compared of the tokens of a batch, see `Units.of`."""
+        return Units.of(tokens, valid, patches, exams, self.options.unit, self.options.extreme_share)
+
+    def projected(self, units: Units, projector: nn.Module | None = None) -> Tensor:
+        """(R, D) by the own projector, or by that of a moving average."""
+        everyone = Identity(gathered_rows(units.who.rows))
+        features = standardised(units.features.flatten(0, 1), units.who, everyone)
+        return standardised((projector or self.projector)(features), units.who, everyone)
 
 
 class Queue(nn.Module):
@@ -95,7 +117,7 @@ class Queue(nn.Module):
         self.size = size
         self.noted: list[tuple[Tensor, Tensor]] = []
         self.register_buffer("key", torch.zeros(size, dim))
-        self.register_buffer("whose", torch.zeros(size, 4, dtype=torch.int64))  # rows of Identity; none is valid yet
+        self.register_buffer("whose", torch.zeros(size, 5, dtype=torch.int64))  # rows of Identity; none is valid yet
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
 
     def note(self, key: Tensor, whose: Identity) -> None:
@@ -154,17 +176,19 @@ def projector(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*(layer for layers in inner for layer in layers), nn.Linear(widths[-1], out))
 
 
-def standardised(projection: Tensor, everywhere: Tensor) -> Tensor:
-    """Projections (B, D) with mean 0 and variance 1 in each dimension, over the valid rows of all ranks.
+def standardised(values: Tensor, who: Identity, everyone: Identity) -> Tensor:
+    """Rows (R, D) with mean 0 and variance 1 in each dimension, over the valid rows of all ranks, of each sequence.
 
     Without it all projections start out nearly parallel, and the contrast stays at that of guessing.
 
     Args:
-        projection: Of this rank.
-        everywhere: Which rows of all ranks are valid.
+        values: Of this rank.
+        who: Of its rows.
+        everyone: Of the rows of all ranks.
     """
-    z, weight = gathered(projection.float()), everywhere[:, None].float()
-    num = weight.sum()
-    mean = (z * weight).sum(0) / num.clamp_min(1)
-    variance = ((z - mean).square() * weight).sum(0) / (num - 1).clamp_min(1)
-    return (projection - mean) / (variance.clamp_min(1e-12).sqrt() + 1e-4)
+    everywhere = gathered(values.float())
+    weight = (one_hot(everyone.sequence, len(SEQUENCES)) * everyone.valid[:, None]).float()  # (all rows, sequences)
+    num = weight.sum(0)[:, None]
+    mean = weight.T @ everywhere / num.clamp_min(1)
+    variance = weight.T @ (everywhere - mean[everyone.sequence]).square() / (num - 1).clamp_min(1)
+    return (values - mean[who.sequence]) / (variance.clamp_min(1e-12).sqrt() + 1e-4)[who.sequence]

@@ -1,6 +1,6 @@
 """The two losses: mean squared error of hidden patches, and InfoNCE (van den Oord et al. 2018, arXiv:1807.03748).
 
-Shapes: B exams × views, T targets, P voxels, D dimensions of a projection, K keys.
+Shapes: B exams × views, T targets, P voxels, R rows that ask, K keys, D dimensions of a projection.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from umbif.pretrain.gather import summed
-from umbif.stream.exams import SEQUENCES, Exams
+from umbif.pretrain.units import Identity
+from umbif.stream.exams import SEQUENCES
 from umbif.stream.patches import Patches
 
 
@@ -30,9 +31,10 @@ class TargetErrors:
     sequence: Tensor  # (B, T)
 
     @classmethod
-    def of(cls, predicted: Tensor, target: Patches) -> Self:
-        """Of predictions (B, T, P) of normalised patches."""
-        error = (predicted.float() - normalised(target.voxels.flatten(2))).square().mean(-1)
+    def of(cls, predicted: Tensor, target: Patches, normalise: bool) -> Self:
+        """Of predictions (B, T, P) of z-scores of the brain, or, with `normalise`, of normalised patches."""
+        voxels = target.voxels.flatten(2)
+        error = (predicted.float() - (normalised(voxels) if normalise else voxels)).square().mean(-1)
         return cls(error, target.valid, target.sequence)
 
     def by_exam(self) -> Tensor:
@@ -60,38 +62,6 @@ class Losses:
         return {name: value.mean() for name, value in {"loss": self.total, **self.parts}.items()}
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Whose a projection is: what makes two of them a pair, or keeps them from being opponents."""
-
-    rows: Tensor  # (B, 4) int64: the columns below
-
-    @classmethod
-    def of(cls, exams: Exams, valid: Tensor) -> Self:
-        """Of the views of a batch; `valid` (B,) is False for one that shows no brain."""
-        return cls(torch.stack([exams.slot, exams.view, exams.person, valid.long()], dim=1))
-
-    @property
-    def slot(self) -> Tensor:
-        """(B,) number of the exam in the stream."""
-        return self.rows[:, 0]
-
-    @property
-    def view(self) -> Tensor:
-        """(B,) number of the view."""
-        return self.rows[:, 1]
-
-    @property
-    def person(self) -> Tensor:
-        """(B,) code of the person."""
-        return self.rows[:, 2]
-
-    @property
-    def valid(self) -> Tensor:
-        """(B,) bool."""
-        return self.rows[:, 3].bool()
-
-
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -100,28 +70,30 @@ def info_nce(
     *,
     temperature: float,
     same_person_negatives: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of telling another view of the same exam from the views of other people.
 
     Args:
-        query: (B, D).
+        query: (R, D).
         key: (K, D).
         who: Of the queries.
-        whose: Of the keys. Keys of the same slot in another view are positives; the same view is left out.
+        whose: Of the keys. Keys of the same slot and sequence in another view are positives. Those of the same view, or
+            of another sequence, are left out.
         temperature: Of the softmax.
         same_person_negatives: Let other exams of one person be negatives. Their brain is the same, so pushing them
             apart teaches the scanner and the day.
 
     Returns:
-        (B,) loss of each query; zero for one that is not valid or has no positive.
+        (R,) loss of each query, zero for one that is not valid or has no positive; and which of them had one.
     """
-    logits = normalize(query.float(), dim=-1) @ normalize(key.float(), dim=-1).T / temperature  # (B, K)
+    logits = normalize(query.float(), dim=-1) @ normalize(key.float(), dim=-1).T / temperature  # (R, K)
     same_slot = who.slot[:, None] == whose.slot
-    positive = same_slot & (who.view[:, None] != whose.view) & whose.valid
+    comparable = (who.sequence[:, None] == whose.sequence) & whose.valid
+    positive = same_slot & (who.view[:, None] != whose.view) & comparable
     alike = same_slot if same_person_negatives else same_slot | (who.person[:, None] == whose.person)
     asked = positive.any(dim=1) & who.valid
-    left_out = ~positive & (alike | ~whose.valid)
+    left_out = ~positive & (alike | ~comparable)
     logits = logits.masked_fill(left_out & asked[:, None], -torch.inf)
     log_probability = logits - logits.logsumexp(dim=1, keepdim=True)
     loss = -torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1).clamp_min(1)
-    return torch.where(asked, loss, 0.0)
+    return torch.where(asked, loss, 0.0), asked

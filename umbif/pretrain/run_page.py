@@ -167,10 +167,10 @@ MEMORY = Chart(
 LOSS_WORDS = {
     "loss": "The weighted sum that is minimised. Worry when validation turns upward while training goes on down: the "
     "encoder memorises.",
-    "reconstruction": "Mean squared error of hidden patches that are normalised one by one: 1 is what predicting the "
-    "mean gives.",
-    "contrast": "Whether a view finds its sibling among the views of other exams. It falls from the logarithm of their "
-    "number; a sudden fall to 0 is a shortcut.",
+    "reconstruction": "Mean squared error of hidden patches, in units of the variance of the brain, or of each patch "
+    "where those are normalised: 1 is what predicting the mean gives.",
+    "contrast": "Whether a view finds its sibling among the views of other exams. It starts above the "
+    "logarithm of their number, which is what guessing gives. A sudden fall to 0 is a shortcut.",
 }
 RANK = Chart(
     "RankMe", "Directions in use", (("monitor/rank_me", ""),),

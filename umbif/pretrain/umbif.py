@@ -2,7 +2,7 @@
 Chen et al. 2020, arXiv:2002.05709; coupled as in Li et al., JCO Precision Oncology 2026, which published no code).
 
 Two views of an exam are encoded in one forward from a fixed budget of visible patches. A transformer decoder predicts
-hidden patches; the mean of the visible tokens, projected, is matched between the views.
+hidden patches; what the visible tokens are pooled to, projected, is matched between the views.
 Shapes: B exams × views, V visible tokens, T targets, E width, P voxels of a patch.
 """
 
@@ -23,7 +23,7 @@ from umbif.encoders.weights import save_encoder
 from umbif.errors import Problem, UsageError
 from umbif.pretrain.contrast import Contrast, ContrastOptions, MovingAverage
 from umbif.pretrain.decoder import CrossBlock, DecoderShape, build_decoder
-from umbif.pretrain.losses import Identity, Losses, TargetErrors
+from umbif.pretrain.losses import Losses, TargetErrors
 from umbif.pretrain.masking import Masking, Masks
 from umbif.pretrain.pictures import held_out_exam, write_reconstruction
 from umbif.stream.augment import Augmentation
@@ -43,6 +43,8 @@ class UMBIF(pl.LightningModule):
         decoder: Of the voxels of hidden patches.
         contrast: Of views.
         reconstruction_weight: Of the masked reconstruction; 0 leaves contrast alone.
+        normalise_targets: Ask for hidden patches of mean 0 and variance 1, as He et al. do; false asks for z-scores
+            of the brain, and so for brightness too.
         contrast_weight: Of the contrast; 0 leaves reconstruction alone (a masked autoencoder).
         ema_decay: Of a moving average of the encoder, which gives the contrast's keys and is what is exported; null
             does without.
@@ -69,6 +71,7 @@ class UMBIF(pl.LightningModule):
         decoder: DecoderShape = DecoderShape(),  # noqa: B008
         contrast: ContrastOptions = ContrastOptions(),  # noqa: B008
         reconstruction_weight: float = 1.0,
+        normalise_targets: bool = False,
         contrast_weight: float = 0.1,
         ema_decay: float | None = None,
         augmentation: Augmentation = Augmentation(),  # noqa: B008
@@ -86,6 +89,7 @@ class UMBIF(pl.LightningModule):
         super().__init__()
         refuse_impossible(encoder, contrast, reconstruction_weight, contrast_weight, ema_decay)
         self.encoder, self.masking, self.augmentation = encoder, masking, augmentation
+        self.normalise_targets = normalise_targets
         self.reconstruction_weight, self.contrast_weight = reconstruction_weight, contrast_weight
         self.guard = Guard(gradient_clip, spike_factor, max_skipped)
         self.compile_backend, self.global_batch_size = compile_backend, global_batch_size
@@ -125,20 +129,20 @@ class UMBIF(pl.LightningModule):
         masks = self.masking.draw(exams, grid) if self.encoder.can_mask else everything(grid)
         chosen = self.augmentation(gather(exams, grid, *masks.joined()), exams)
         visible, asked = chosen.split(masks.visible.shape[1])
-        tokens, _, pooled = self.encoder(visible)
+        tokens, valid, pooled = self.encoder(visible)
         parts: dict[str, Tensor] = {}
         total, targets = torch.zeros(len(exams), device=tokens.device), None
         if self.reconstruction_weight:
             predicted = self.decoder(tokens, visible, asked)
-            targets = TargetErrors.of(predicted, asked)
+            targets = TargetErrors.of(predicted, asked, self.normalise_targets)
             parts["reconstruction"] = targets.by_exam()
             total = total + self.reconstruction_weight * parts["reconstruction"]
         if self.training:
             # One broken exam breaks everyone's contrast: what is watched is each exam's own.
             self.guard.watch(parts.get("reconstruction", pooled.square().mean(-1)), exams)
         if self.contrast_weight:
-            who = Identity.of(exams, visible.valid.any(dim=1))
-            parts["contrast"] = self.contrast(pooled, who, self._average_keys(visible))
+            units = self.contrast.units(tokens, valid, visible, exams)
+            parts["contrast"] = self.contrast(units, self._average_keys(visible, exams))
             total = total + self.contrast_weight * parts["contrast"]
         return Losses(total, parts, targets)
 
@@ -151,18 +155,19 @@ class UMBIF(pl.LightningModule):
             visible_share: Share of the patches of an exam that the encoder sees.
 
         Returns:
-            What was shown, and what was predicted in its place, with the mean and variance of each true patch, for
-            which the loss does not ask. Both (B, S, X, Y, Z), NaN elsewhere.
+            What was shown, and what was predicted in its place. Both (B, S, X, Y, Z), NaN elsewhere. Predictions of
+            normalised patches take mean and variance from the true ones, for which the loss did not ask.
         """
         exams, grid = self.encoder.grid(exams)
         num = max(1, int(int(grid.available.sum(1).max()) * visible_share))
         masks = Masking(num, 1.0, num_targets=None, column_share=self.masking.column_share).draw(exams, grid)
         visible, target = gather(exams, grid, *masks.joined()).split(masks.visible.shape[1])
         predicted = self.decoder(self.encoder(visible)[0], visible, target)
-        variance, mean = torch.var_mean(target.voxels.flatten(2), dim=-1, keepdim=True)
-        voxels = predicted * (variance + 1e-6).sqrt() + mean
+        if self.normalise_targets:
+            variance, mean = torch.var_mean(target.voxels.flatten(2), dim=-1, keepdim=True)
+            predicted = predicted * (variance + 1e-6).sqrt() + mean
         shown = scatter(exams, grid, masks.visible, visible.valid, visible.voxels.flatten(2))
-        return shown, scatter(exams, grid, masks.target, target.valid, voxels)
+        return shown, scatter(exams, grid, masks.target, target.valid, predicted)
 
     def setup(self, stage: str) -> None:
         """Compiles the blocks: small graphs that are compiled once and serve all of them."""
@@ -211,11 +216,13 @@ class UMBIF(pl.LightningModule):
         save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", {"steps": trainer.global_step, **about})
 
     @torch.no_grad()
-    def _average_keys(self, visible: Patches) -> Tensor | None:
+    def _average_keys(self, visible: Patches, exams: Exams) -> Tensor | None:
         if self.average is None:
             return None
         average = self.average.average
-        return average["projector"](average["encoder"](visible)[2])
+        tokens, valid, _ = average["encoder"](visible)
+        units = self.contrast.units(tokens, valid, visible, exams)
+        return self.contrast.projected(units, average["projector"])
 
     def _followed(self) -> dict[str, torch.nn.Module]:
         """What the moving average follows."""

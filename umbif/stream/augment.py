@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from umbif.stream.exams import Exams
+from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import Patches
 from umbif.stream.philox import uniform
 
-FLIP, CURVE, BIAS, SCALE = 10, 11, 12, 13  # purposes: their numbers are independent
+FLIP, CURVE, BIAS, SCALE, NAME = 10, 11, 12, 13, 14  # purposes: their numbers are independent
 ORDER = 3  # of the polynomial: as smooth as a coil's profile
 HEAD_MM = 90.0  # half of a head: coordinates of the polynomial are about -1 to 1
 
@@ -30,12 +30,14 @@ class Augmentation:
             exp(±curve).
         bias: Amplitude of each coefficient of the log of the multiplicative bias field.
         scale: Largest relative change of contrast, and largest change of brightness in standard deviations.
+        hide_name: Share of the sequences that are shown as `other`: what they are must be told from what they show.
     """
 
     flip_probability: float = 0.5
     curve: float = 0.7
     bias: float = 0.1
     scale: float = 0.1
+    hide_name: float = 0.0
 
     def __call__(self, patches: Patches, exams: Exams) -> Patches:
         """The same exam and view give the same curve, field and mirroring to all of their patches."""
@@ -52,6 +54,10 @@ class Augmentation:
             contrast, brightness = (self.scale * _draw(exams, SCALE, 2)).unbind(-1)
             voxels = voxels * (1 + per_patch(contrast, patches)) + per_patch(brightness, patches)
         augmented = replace(patches, voxels=voxels)
+        if self.hide_name:
+            hidden = uniform(exams.seed, exams.slot, exams.view, NAME, exams.image.shape[1]) < self.hide_name  # (B, S)
+            sequence = augmented.sequence.masked_fill(hidden.gather(1, patches.entry), SEQUENCES.index("other"))
+            augmented = replace(augmented, sequence=sequence)
         if not self.flip_probability:
             return augmented
         return augmented.mirrored(uniform(exams.seed, exams.slot, exams.view, FLIP, 1)[:, 0] < self.flip_probability)
