@@ -50,6 +50,12 @@ PRETRAINED = {
 UNTRAINED = {"untrained": "the same encoder with its first weights", "cnn": "an untrained EfficientNet-B0"}
 SUPERVISED = {"supervised": "untrained", "supervised_cnn": "cnn"}  # taught all labels, from these first weights
 BASELINES: dict[str, Callable[[], Describer]] = {"histogram": Histogram, "raw": Raw}
+ABOUT = {
+    "histogram": "intensities of each sequence, no training", "raw": "principal components of coarse voxels",
+    **UNTRAINED, **{name: arm.about for name, arm in PRETRAINED.items()},
+    "supervised": "the same encoder, taught all training labels of the clinic",
+    "supervised_cnn": "EfficientNet-B0, taught all training labels of the clinic",
+}  # fmt: skip
 ARMS = (*BASELINES, *UNTRAINED, *PRETRAINED, *SUPERVISED)
 
 

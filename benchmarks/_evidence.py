@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from _tasks import TASKS
+from _tasks import TASKS, Task
 from scipy.stats import binom
 
 from umbif.evaluation.statistics import Estimate
@@ -29,9 +29,13 @@ class Cells:
     """All cells, found by what they are."""
 
     def __init__(self, cells: Iterable[Cell]) -> None:
-        self.by_key: dict[tuple[Any, ...], Cell] = {}
-        for cell in cells:
-            self.by_key[cell["arm"], cell["task"], cell["probe"], cell["labels"], cell["seed"]] = cell
+        found = list(cells)
+        self.runs = [cell for cell in found if "commit" in cell]
+        self.by_key: dict[tuple[Any, ...], Cell] = {
+            (cell["arm"], cell["task"], cell["probe"], cell["labels"], cell["seed"]): cell
+            for cell in found if "commit" not in cell
+        }  # fmt: skip
+        self.arms = list(dict.fromkeys(key[0] for key in self.by_key))
 
     def seeds(self, arm: str, task: str, probe: str, labels: int) -> list[int]:
         """Those that have been measured."""
@@ -83,6 +87,55 @@ def gains(cells: Cells) -> dict[str, dict[str, Estimate]]:
         pairs = {other: difference(cells, HYBRID, other, task, *probe_of(task)) for other in (*BEFORE, *ALONE)}
         found[task] = {other: estimate for other, estimate in pairs.items() if estimate is not None}
     return found
+
+
+def wins(found: dict[str, dict[str, Estimate]], part: str) -> tuple[list[str], list[str]]:
+    """Tasks on which the hybrid surely beats one of its parts, and on which it surely loses to it."""
+    pairs = {task: of[part] for task, of in found.items() if part in of}
+    return [t for t, gain in pairs.items() if gain.low > 0], [t for t, gain in pairs.items() if gain.high < 0]
+
+
+def verdict(cells: Cells) -> str:
+    """Whether the aim was met, in words."""
+    found = gains(cells)
+    gained = [task for task, of in found.items() if is_gain(of)]
+    half = (len(found) + 1) // 2
+    lines = [
+        f"The hybrid gains {SMALLEST_GAIN:.2f} or more over both the untrained and the placebo encoder, with intervals "
+        f"above zero, on {len(gained)} of {len(found)} tasks ({', '.join(gained) or 'none'}); the aim was {half}: "
+        f"{'met' if len(gained) >= half else '**not met**'}."
+    ]
+    for part in [part for part in ALONE if part in cells.arms]:
+        better, worse = wins(found, part)
+        met = "met" if better and not worse else "**not met**"
+        lines.append(
+            f"It beats `{part}` on {', '.join(better) or 'no task'} and loses to it on {', '.join(worse) or 'none'}; "
+            f"the aim was one at least and none: {met}."
+        )
+    if "histogram" not in cells.arms:
+        return listed(lines)
+    below = [task.name for task in TASKS if lost_to_histogram(cells, task.name)]
+    lines.append(
+        f"It is surely below the histogram on {', '.join(below) or 'no task'}; the aim was none: "
+        f"{'**not met**' if below else 'met'}."
+    )
+    return listed(lines)
+
+
+def listed(lines: Iterable[str]) -> str:
+    """In Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def lost_to_histogram(cells: Cells, task: str) -> bool:
+    """Whether the interval of the difference lies below zero."""
+    found = difference(cells, HYBRID, "histogram", task, *probe_of(task))
+    return found is not None and found.high < 0
+
+
+def chance(task: Task) -> float:
+    """The score of knowing nothing; of classes, that of the largest of three."""
+    return {"classes": 1 / 3, "binary": 0.5, "number": 0.0, "pairs": 0.5}[task.kind]
 
 
 def is_gain(of: dict[str, Estimate]) -> bool:

@@ -24,6 +24,7 @@ from _cohort import FULL, Cohort, make_cohort
 from _describe import Describer, Encoded
 from _features import Array, features_of, load, places_of, save, targets_of
 from _inputs import Shown, read
+from _report import commit, hardware
 from _supervised import teach
 
 from umbif.corpus.shards import Corpus
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         console.print(f"{arm}, seed {seed}")
         append(results, cells_of(bench, arm, seed))
+    console.print("All is done. Tables and figures:  python benchmarks/evidence.py")
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,9 +126,12 @@ def works(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
 
 
 def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:
-    """All of one encoder."""
-    found = frozen_cells(bench.features(arm, seed), bench.targets, bench.places, seed)
-    return [{"arm": arm, "seed": seed, **cell} for cell in found]
+    """All of one encoder, and where they come from."""
+    begun = time.monotonic()
+    found = list(frozen_cells(bench.features(arm, seed), bench.targets, bench.places, seed))
+    minutes = round((time.monotonic() - begun) / 60, 1)
+    source = {"commit": commit(), "hardware": hardware(torch.device("cpu")), "minutes": minutes}
+    return [{"arm": arm, "seed": seed, **cell} for cell in (*found, source)]
 
 
 if __name__ == "__main__":

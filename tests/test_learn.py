@@ -8,6 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+from small import small_umbif
+
+from umbif.stream.exams import SEQUENCES
+from umbif.stream.patches import patch_grid
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 N = 120
@@ -124,3 +128,55 @@ def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_d
         (cell,) = bench("_cells").retrieval(task, {"half_a": half, "half_b": other}, targets)
         assert low <= cell["score"] <= high
         assert json.dumps(cell)
+
+
+def test_what_an_exam_lacks_takes_the_mean_of_training_exams_and_what_all_lack_is_dropped(bench):
+    gap = np.nan
+    x = np.array([[1.0, 2.0, gap], [3.0, gap, gap], [gap, 9.0, gap], [gap, gap, gap]])
+    found = bench("_features").completed(x, np.array([True, True, False, False]))
+    assert found[:3].tolist() == [[1.0, 2.0], [3.0, 2.0], [2.0, 9.0]]
+    assert np.isnan(found[3]).all()  # cannot be shown at all
+
+
+def test_an_exam_is_described_sequence_by_sequence(bench, corpus):
+    describe, inputs = bench("_describe"), bench("_inputs")
+    exam = next(one for one in inputs.read(corpus, np.arange(len(corpus))) if not one.whole.present[0].all())
+    present = set(exam.whole.sequence[0, exam.whole.present[0]].tolist())
+    encoder = small_umbif().encoder
+    for describer in (describe.Encoded(encoder), describe.Histogram(), describe.Raw()):
+        found = describer(exam.whole, exam.places)
+        slots = found.by_sequence.reshape(5, -1)
+        for slot, name in enumerate(("t1", "t1ce", "t2", "flair", "other")):
+            assert np.isfinite(slots[slot]).all() == (SEQUENCES.index(name) in present)
+        assert len(found.together) == slots.shape[1]
+        assert len(found.places) == len(exam.places)
+        assert describer(exam.alone).places is None
+    tokens = encoder.forward_features(exam.whole)[0][0]
+    entry, place = inputs.tokens_of(patch_grid(exam.whole, inputs.PATCH))
+    first = int(exam.whole.sequence[0, 0])
+    own = describe.Encoded(encoder)(exam.whole, exam.places)
+    mean = own.by_sequence.reshape(5, -1)[("t1", "t1ce", "t2", "flair").index(SEQUENCES[first]), : tokens.shape[1]]
+    assert mean == pytest.approx(tokens[entry == 0].mean(0).detach().numpy(), abs=1e-5)
+    assert own.places[3] == pytest.approx(tokens[place == exam.places[3]].mean(0).detach().numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("gain", "said"), [(0.10, "on 11 of 11 tasks"), (0.03, "on 0 of 11 tasks")])
+def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
+    rng, results = np.random.default_rng(0), tmp_path / "learn.jsonl"
+    arms = ("histogram", "untrained", "mae", "contrast", "placebo")
+    cells = [
+        {"arm": arm, "seed": seed, "task": task.name, "probe": probe, "labels": num, "score": level,
+         "resamples": (level + noise).tolist()}
+        for task in bench("_tasks").TASKS for noise in [rng.normal(0, 0.02, 40)]
+        for probe, num in ([("cosine", 0)] if task.name == "retrieval" else [("linear", 64), ("knn", 64)])
+        for arm, level in ((arm, 0.6 + gain * (arm == "umbif")) for arm in (*arms, "umbif")) for seed in range(3)
+    ]  # fmt: skip
+    source = {"arm": "umbif", "seed": 0, "commit": "0123abc", "hardware": "a CPU", "minutes": 2.0}
+    bench("_cells").append(results, [*cells, source])
+    bench("evidence").main(["--results", str(results), "--docs", str(tmp_path)])
+    page = (tmp_path / "evidence.md").read_text()
+    assert said in page
+    assert ("**not met**" in page) == (gain < 0.05)
+    assert "0123abc" in page
+    assert "{" not in page
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 3

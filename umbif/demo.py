@@ -30,10 +30,7 @@ NOTES = (
     "Pretrained and untrained are the same network with the same fine-tuning. A gain over untrained is not yet "
     "evidence for pretraining: a network trained on shuffled voxels can show one too.",
 )
-CAPTION = (
-    "a held-out exam, the quarter of it that the encoder saw, and what it predicted. Predicted patches carry the mean "
-    "and the spread of the true ones, for which the loss does not ask."
-)
+CAPTION = "a held-out exam, the quarter of it that the encoder saw, and what it predicted."
 NULL_NOTE = "The labels were shuffled between exams: nothing can be learnt, and every task has to come out at chance."
 
 

@@ -1,0 +1,132 @@
+"""Tables and figures of `learn.py`'s results: writes docs/evidence.md and what it shows.
+
+    python benchmarks/evidence.py
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from _arms import ABOUT, ARMS
+from _cells import NUM_LABELS, read_cells
+from _evidence import (
+    ALONE,
+    BEFORE,
+    HYBRID,
+    PRIMARY_LABELS,
+    PRIMARY_TASKS,
+    SMALLEST_GAIN,
+    Cells,
+    chance,
+    difference,
+    gains,
+    is_gain,
+    mean,
+    null_cells,
+    probe_of,
+    verdict,
+)  # fmt: skip
+from _evidence_figures import draw_gains, draw_labels, draw_scores
+from _tasks import METRIC, TASKS
+
+from umbif.evaluation.statistics import Estimate
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results" / "learn.jsonl"
+TEMPLATE = Path(__file__).parent / "_evidence.md"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the page."""
+    parser = argparse.ArgumentParser(description="Writes docs/evidence.md from the results of learn.py")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    args = parser.parse_args(argv)
+    cells = Cells(read_cells(args.results))
+    (args.docs / "figures").mkdir(parents=True, exist_ok=True)
+    draw_scores(cells).savefig(args.docs / "figures" / "evidence_scores.svg")
+    draw_gains(cells).savefig(args.docs / "figures" / "evidence_gains.svg")
+    draw_labels(cells).savefig(args.docs / "figures" / "evidence_labels.svg")
+    page = TEMPLATE.read_text()
+    for name, part in parts_of(cells).items():
+        page = page.replace("{" + name + "}", part)
+    (args.docs / "evidence.md").write_text(page)
+    print(verdict(cells))
+
+
+def parts_of(cells: Cells) -> dict[str, str]:
+    """What the page's braces stand for."""
+    missed, num, (low, high) = null_cells(cells)
+    return {
+        "verdict": verdict(cells),
+        "arms": "\n".join(f"| `{arm}` | {ABOUT[arm]} |" for arm in ARMS if arm in cells.arms),
+        "scores": table(scores(cells)),
+        "gains": table(gains_of(cells)),
+        "knn": table(scores(cells, probe="knn")),
+        "labels": table(by_labels(cells)),
+        "null": f"{missed} of {num} intervals miss one half; with 5% to be expected, {low} to {high} would.",
+        "runs": table(runs(cells)),
+        "smallest": f"{SMALLEST_GAIN:.2f}",
+    }
+
+
+def scores(cells: Cells, probe: str | None = None) -> Iterator[list[str]]:
+    """Of every arm on every task."""
+    yield ["task", "", *(f"`{arm}`" for arm in cells.arms)]
+    for task in TASKS:
+        which = (probe, PRIMARY_LABELS) if probe and task.name != "retrieval" else probe_of(task.name)
+        found = [mean(cells, arm, task.name, *which) for arm in cells.arms]
+        known = [one for one in found if one is not None]
+        at_chance = bool(known) and all(one.low <= chance(task) for one in known)
+        name = f"*{task.name}*" if task.is_trivial else task.name
+        yield [f"{name}, at chance" if at_chance else name, METRIC[task.kind], *map(number, found)]
+
+
+def gains_of(cells: Cells) -> Iterator[list[str]]:
+    """The hybrid over the others on every task that is not trivial."""
+    others = [other for other in (*BEFORE, *ALONE, "histogram") if other in cells.arms]
+    yield ["task", "", *(f"over `{other}`" for other in others), "gain"]
+    by_task = gains(cells)
+    for task in TASKS:
+        if task.name in PRIMARY_TASKS:
+            found = [difference(cells, HYBRID, other, task.name, *probe_of(task.name)) for other in others]
+            yield [task.name, METRIC[task.kind], *(told(one, sign="+") for one in found),
+                   "yes" if is_gain(by_task[task.name]) else "no"]  # fmt: skip
+
+
+def by_labels(cells: Cells) -> Iterator[list[str]]:
+    """The hybrid and what it has to beat, by the number of labelled exams."""
+    arms = [arm for arm in (*BEFORE, HYBRID, "histogram") if arm in cells.arms]
+    yield ["task", *(f"`{arm}`, {num}" for num in NUM_LABELS for arm in arms)]
+    for task in TASKS:
+        if task.name in PRIMARY_TASKS and task.name != "retrieval":
+            found = [mean(cells, arm, task.name, "linear", num) for num in NUM_LABELS for arm in arms]
+            yield [task.name, *(number(one) for one in found)]
+
+
+def runs(cells: Cells) -> Iterator[list[str]]:
+    """Where the numbers come from."""
+    yield ["arm", "seed", "minutes", "commit", "hardware"]
+    for run in cells.runs:
+        yield [f"`{run['arm']}`", str(run["seed"]), f"{run['minutes']:.0f}", str(run["commit"]), run["hardware"]]
+
+
+def told(of: Estimate | None, sign: str = "") -> str:
+    """A number with its interval."""
+    return "–" if of is None else f"{of.value:{sign}.2f} [{of.low:{sign}.2f}, {of.high:{sign}.2f}]"
+
+
+def number(of: Estimate | None) -> str:
+    """A number alone."""
+    return "–" if of is None else f"{of.value:.2f}"
+
+
+def table(lines: Iterator[list[str]]) -> str:
+    """Markdown."""
+    head, *rows = lines
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+
+if __name__ == "__main__":
+    main()
