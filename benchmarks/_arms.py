@@ -18,7 +18,7 @@ from umbif.fit import fit
 from umbif.recipe import Recipe, compose
 
 RECIPE = "pretrain/umbif_tiny"
-NUM_STEPS, WARMUP = 2500, 100  # a quarter of an hour on one thread; with 600 half of what is gained is not there yet
+NUM_STEPS, WARMUP = 2500, 100  # with 600, reconstruction has not yet learnt most of FLAIR from T1
 QUIETLY = (
     "hardware=cpu", "callbacks.monitors=null", "data.num_workers=0", "data.num_val_exams=0",
     "callbacks.checkpoint.every_n_steps=1000", "trainer.log_every_n_steps=50", f"trainer.max_steps={NUM_STEPS}",

@@ -13,14 +13,15 @@ from _inputs import PATCH, tokens_of
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d, avg_pool3d
 
-from umbif.downstream.heads import ExtremesHead
 from umbif.encoders.cnn import CNN3D
+from umbif.encoders.pooling import pooled
 from umbif.encoders.vit import ViT3D
 from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import gather, patch_grid
 
 Array = npt.NDArray[Any]
 BINS = np.linspace(-3, 4, 33)  # z-scores
+EXTREME_SHARE = 0.015  # of the tokens
 RAW_CELLS = 10  # along each edge of the brain's box
 
 
@@ -45,7 +46,6 @@ class Encoded:
 
     def __init__(self, encoder: ViT3D | CNN3D) -> None:
         self.encoder = encoder.eval().requires_grad_(False)
-        self.pool = ExtremesHead(encoder.embed_dim)
 
     @torch.no_grad()
     def __call__(self, exams: Exams, places: Array | None = None) -> Description:
@@ -55,17 +55,11 @@ class Encoded:
             entry, place = tokens_of(patch_grid(exams, PATCH))
         else:
             entry, place = here(exams).repeat_interleave(tokens.shape[1] // len(here(exams))), None
-        found = [self.pooled(tokens[:, entry == one]) for one in here(exams)]
+        found = [described(tokens[:, entry == one]) for one in here(exams)]
         of_places = None
         if places is not None and place is not None:
             of_places = np.stack([tokens[0, place == one].mean(0).numpy() for one in places.tolist()])
-        return Description(by_sequence(exams, found), self.pooled(tokens), of_places)
-
-    def pooled(self, tokens: Tensor) -> Array:
-        """(1, V, E) to (3 E,)."""
-        everywhere = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        return self.pool.features(tokens, everywhere, tokens.mean(1))[0].numpy()
-
+        return Description(by_sequence(exams, found), described(tokens), of_places)
 
 class Histogram:
     """Intensities without their places: a histogram of each sequence; of a place, mean, spread and extremes."""
@@ -93,6 +87,11 @@ class Raw:
         if places is not None:
             of_places = by_sequence(exams, avg_pool3d(patches_of(exams, places), 2).flatten(2).numpy())
         return Description(by_sequence(exams, cells), cells.mean(0), of_places)
+
+
+def described(tokens: Tensor) -> Array:
+    """Mean and extremes of tokens (1, V, E), as fine-tuning starts from: (3 E,)."""
+    return pooled(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), EXTREME_SHARE)[0].numpy()
 
 
 def here(exams: Exams) -> Tensor:

@@ -23,6 +23,7 @@ PRIMARY_PROBE, PRIMARY_LABELS = "linear", 64
 SMALLEST_GAIN = 0.05  # of AUC, R² or accuracy
 PRIMARY_TASKS = tuple(task.name for task in TASKS if not task.is_trivial)
 NUM_RESAMPLES = 10_000
+CHANCE = {"binary": 0.5, "number": 0.0, "pairs": 0.5}  # by the kind of a task
 
 
 class Cells:
@@ -133,9 +134,9 @@ def lost_to_histogram(cells: Cells, task: str) -> bool:
     return found is not None and found.high < 0
 
 
-def chance(task: Task) -> float:
-    """The score of knowing nothing; of classes, that of the largest of three."""
-    return {"classes": 1 / 3, "binary": 0.5, "number": 0.0, "pairs": 0.5}[task.kind]
+def is_at_chance(task: Task, found: Iterable[Estimate]) -> bool:
+    """Whether no interval lies above the score of knowing nothing. Of several classes nobody says what that is."""
+    return task.kind in CHANCE and all(of.low <= CHANCE[task.kind] for of in found)
 
 
 def is_gain(of: dict[str, Estimate]) -> bool:

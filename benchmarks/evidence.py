@@ -9,6 +9,7 @@ from pathlib import Path
 
 from _arms import ABOUT, ARMS
 from _cells import NUM_LABELS, read_cells
+from _cohort import FULL
 from _evidence import (
     ALONE,
     BEFORE,
@@ -17,9 +18,9 @@ from _evidence import (
     PRIMARY_TASKS,
     SMALLEST_GAIN,
     Cells,
-    chance,
     difference,
     gains,
+    is_at_chance,
     is_gain,
     mean,
     null_cells,
@@ -27,6 +28,7 @@ from _evidence import (
     verdict,
 )  # fmt: skip
 from _evidence_figures import draw_gains, draw_labels, draw_scores
+from _features import MANY, NUM_COMPONENTS
 from _tasks import METRIC, TASKS
 
 from umbif.evaluation.statistics import Estimate
@@ -47,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_scores(cells).savefig(args.docs / "figures" / "evidence_scores.svg")
     draw_gains(cells).savefig(args.docs / "figures" / "evidence_gains.svg")
     draw_labels(cells).savefig(args.docs / "figures" / "evidence_labels.svg")
-    page = TEMPLATE.read_text()
-    for name, part in parts_of(cells).items():
-        page = page.replace("{" + name + "}", part)
-    (args.docs / "evidence.md").write_text(page)
+    (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts_of(cells)))
     print(verdict(cells))
 
 
@@ -66,7 +65,8 @@ def parts_of(cells: Cells) -> dict[str, str]:
         "labels": table(by_labels(cells)),
         "null": f"{missed} of {num} intervals miss one half; with 5% to be expected, {low} to {high} would.",
         "runs": table(runs(cells)),
-        "smallest": f"{SMALLEST_GAIN:.2f}",
+        "smallest": f"{SMALLEST_GAIN:.2f}", "num_labels": str(PRIMARY_LABELS), "unlabelled": str(FULL.unlabelled),
+        "many": str(MANY), "components": str(NUM_COMPONENTS),
     }
 
 
@@ -77,9 +77,9 @@ def scores(cells: Cells, probe: str | None = None) -> Iterator[list[str]]:
         which = (probe, PRIMARY_LABELS) if probe and task.name != "retrieval" else probe_of(task.name)
         found = [mean(cells, arm, task.name, *which) for arm in cells.arms]
         known = [one for one in found if one is not None]
-        at_chance = bool(known) and all(one.low <= chance(task) for one in known)
         name = f"*{task.name}*" if task.is_trivial else task.name
-        yield [f"{name}, at chance" if at_chance else name, METRIC[task.kind], *map(number, found)]
+        name += ", at chance" if known and is_at_chance(task, known) else ""
+        yield [name, METRIC[task.kind], *map(number, found)]
 
 
 def gains_of(cells: Cells) -> Iterator[list[str]]:

@@ -4,8 +4,8 @@
     python benchmarks/learn.py --minutes 60      begins no further arm after an hour
     python benchmarks/learn.py --develop         for tuning: judges by training people alone, in a file of its own
 
-Every finished cell is a line of the results file. Arms: `_arms.py`; tasks: `_tasks.py`; exams: `_cohort.py`.
-It has not been run in full yet, and tables and figures are still to come.
+Every finished cell is a line of the results file. Arms: `_arms.py`; tasks: `_tasks.py`; exams: `_cohort.py`. Tables and
+figures: `evidence.py`. It has not been run in full yet.
 """
 
 import argparse
@@ -63,6 +63,8 @@ class Bench:
     def targets(self) -> pd.DataFrame:
         """What is asked about each. In development every second training person stands in for a test person."""
         found = targets_of(self.exams, self.cohort.truth.iloc[self.rows])
+        if found.groupby("person")["test"].nunique().max() > 1:
+            raise ValueError("a person is both labelled and tested")
         if self.develop:
             found["test"] = pd.factorize(found["person"])[0] % 2 == 1
         return found.reset_index(drop=True)

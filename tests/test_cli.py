@@ -99,10 +99,12 @@ def test_a_run_has_one_writer(
 def test_a_recipe_that_cannot_start_does_not_claim_its_folder(
     corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    wrong = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", "model.encoder.patch_mm=8"]
-    code, _, err = run([*FIT, *wrong], monkeypatch, capsys)
+    here = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}"]
+    wrong = ["model.encoder.patch_mm=8", "data.disjoint_share=1"]
+    code, _, err = run([*FIT, *here, *wrong], monkeypatch, capsys)
     assert code == 2
     assert "the encoder is made for voxels of 1 mm: got 2 mm" in err
+    assert "data.disjoint_share must leave views that share a sequence to compare: got 1" in err
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 

@@ -93,6 +93,7 @@ def test_extremes_leave_out_what_is_not_valid_and_scale_with_the_number_of_token
     tokens = torch.arange(200.0)[None, :, None].repeat(2, 1, 1)
     valid = torch.ones(2, 200, dtype=torch.bool)
     valid[1, 100:] = False
-    _, largest, smallest = ExtremesHead(1, extreme_share=0.02).features(tokens, valid, torch.zeros(2, 1)).unbind(1)
+    mean, largest, smallest = ExtremesHead(1, extreme_share=0.02).features(tokens, valid).unbind(1)
+    assert mean.tolist() == [99.5, 49.5]
     assert largest.tolist() == [np.mean([196, 197, 198, 199]), np.mean([98, 99])]
     assert smallest.tolist() == [1.5, 0.5]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 
 from umbif.errors import UsageError
-from umbif.fit import check_scale
+from umbif.fit import check_together
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
 from umbif.recipe_check import build, check, construct
@@ -28,7 +28,7 @@ def check_recipe(recipe: Recipe) -> str:
     if "model" not in recipe.tree:
         return f"{recipe.name}: {construct(recipe)}"
     built = build(recipe)
-    check_scale(built)
+    check_together(built)
     parameters = count(built.model.parameters())
     encoder = count(built.model.encoder.parameters())
     start = time.perf_counter()

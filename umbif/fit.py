@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     resume = newest_complete(folder / "checkpoints")
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
-    check_scale(built)
+    check_together(built)
     trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
     if is_leader():
         write_provenance(folder, recipe)
@@ -95,24 +96,35 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def check_scale(built: Built) -> None:
-    """Refuses an encoder for another voxel size, where positions and shapes would be wrong without a word.
+def check_together(built: Built) -> None:
+    """Refuses what no part of a recipe can know alone, and what would go wrong without a word.
 
     Raises:
-        UsageError: The encoder and the voxels of the corpus do not fit, or a crop is smaller than a patch.
+        UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, or contrast has nothing
+            to match; all of them are named.
     """
-    encoder, spacing_mm = built.model.encoder, built.data.corpus.spacing_mm
-    problems = []
-    if abs(encoder.voxel_mm - spacing_mm) > 1e-3:
-        cure = f"Take a recipe for {spacing_mm:g} mm (umbif ls), or prepare the corpus at {encoder.voxel_mm:g} mm"
-        problems.append(
-            Problem(f"the encoder is made for voxels of {encoder.voxel_mm:g} mm", f"{spacing_mm:g} mm", cure)
-        )
-    crop, patch = getattr(built.data, "crop_size", None), getattr(encoder, "patch_size", 1)
-    if crop is not None and min(crop) < patch:
-        problems.append(Problem(f"data.crop_size must hold a patch of {patch} voxels along each side", f"{list(crop)}"))
+    problems = [*scale_problems(built), *sibling_problems(built)]
     if problems:
         raise UsageError(problems, str(built.data.corpus.folder))
+
+
+def scale_problems(built: Built) -> Iterator[Problem]:
+    """An encoder for another voxel size: its positions and shapes would be wrong."""
+    encoder, spacing_mm = built.model.encoder, built.data.corpus.spacing_mm
+    if abs(encoder.voxel_mm - spacing_mm) > 1e-3:
+        cure = f"Take a recipe for {spacing_mm:g} mm (umbif ls), or prepare the corpus at {encoder.voxel_mm:g} mm"
+        yield Problem(f"the encoder is made for voxels of {encoder.voxel_mm:g} mm", f"{spacing_mm:g} mm", cure)
+    crop, patch = getattr(built.data, "crop_size", None), getattr(encoder, "patch_size", 1)
+    if crop is not None and min(crop) < patch:
+        yield Problem(f"data.crop_size must hold a patch of {patch} voxels along each side", f"{list(crop)}")
+
+
+def sibling_problems(built: Built) -> Iterator[Problem]:
+    """A contrast of sequences between views that never share one: it would cost zero and teach nothing."""
+    contrast, share = getattr(built.model, "contrast", None), getattr(built.data, "policy", {}).get("disjoint_share")
+    if contrast is not None and contrast.options.unit == "sequence" and share == 1:
+        cure = "Set it below 1, or model.contrast.unit=view"
+        yield Problem("data.disjoint_share must leave views that share a sequence to compare", f"{share:g}", cure)
 
 
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:

@@ -89,7 +89,7 @@ class FineTune(pl.LightningModule):
     ) -> Tensor:
         """What the head takes, (B, F)."""
         tokens = self.encoder.forward_features(exams, scores=scores, budget=budget, augmentation=augmentation)
-        return self.head.features(*tokens)
+        return self.head.features(*tokens[:2])
 
     def training_step(self, exams: Exams, batch_idx: int) -> Tensor:
         """Cross-entropy of a batch."""

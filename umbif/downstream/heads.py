@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from torch import Tensor, nn
 
-from umbif.encoders.pooling import extremes
+from umbif.encoders.pooling import pooled
 
 NUM_FOLDS = 5
 INVERSE_PENALTIES = np.logspace(-5, 1, 7)
@@ -35,9 +35,9 @@ class ExtremesHead(nn.Module):
         self.register_buffer("spread", torch.ones(3 * embed_dim))
         self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(3 * embed_dim, 1)
 
-    def features(self, tokens: Tensor, valid: Tensor, pooled: Tensor) -> Tensor:
-        """(B, F) of tokens (B, V, E), which of them are valid (B, V), and their mean (B, E)."""
-        return torch.cat([pooled, *extremes(tokens, valid, self.extreme_share)], dim=-1)
+    def features(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """(B, F) of tokens (B, V, E), and which of them are valid (B, V)."""
+        return pooled(tokens, valid, self.extreme_share)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) to logits (B,)."""

@@ -15,6 +15,12 @@ def masked_mean(tokens: Tensor, valid: Tensor) -> Tensor:
     return (tokens * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
+def pooled(tokens: Tensor, valid: Tensor, extreme_share: float | None) -> Tensor:
+    """Mean (B, E) of the valid tokens; with their `extremes` behind it, (B, 3 E), unless the share is None."""
+    mean = masked_mean(tokens, valid)
+    return mean if extreme_share is None else torch.cat([mean, *extremes(tokens, valid, extreme_share)], dim=-1)
+
+
 def extremes(tokens: Tensor, valid: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Means of the largest and of the smallest values of each channel, (B, E) each; zeros for an exam without tokens.
 

@@ -95,9 +95,8 @@ class Contrast(nn.Module):
 
     def projected(self, units: Units, projector: nn.Module | None = None) -> Tensor:
         """(R, D) by the own projector, or by that of a moving average."""
-        everyone = Identity(gathered_rows(units.who.rows))
-        features = standardised(units.features.flatten(0, 1), units.who, everyone)
-        return standardised((projector or self.projector)(features), units.who, everyone)
+        projection = (projector or self.projector)(units.features.flatten(0, 1))
+        return standardised(projection, units.who, Identity(gathered_rows(units.who.rows)))
 
 
 class Queue(nn.Module):
@@ -176,19 +175,19 @@ def projector(width: int, hidden: int, out: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*(layer for layers in inner for layer in layers), nn.Linear(widths[-1], out))
 
 
-def standardised(values: Tensor, who: Identity, everyone: Identity) -> Tensor:
-    """Rows (R, D) with mean 0 and variance 1 in each dimension, over the valid rows of all ranks, of each sequence.
+def standardised(projection: Tensor, who: Identity, everyone: Identity) -> Tensor:
+    """Projections (R, D) of each sequence, with mean 0 and variance 1 in each dimension over the rows of all ranks.
 
     Without it all projections start out nearly parallel, and the contrast stays at that of guessing.
 
     Args:
-        values: Of this rank.
+        projection: Of this rank.
         who: Of its rows.
         everyone: Of the rows of all ranks.
     """
-    everywhere = gathered(values.float())
+    everywhere = gathered(projection.float())
     weight = (one_hot(everyone.sequence, len(SEQUENCES)) * everyone.valid[:, None]).float()  # (all rows, sequences)
     num = weight.sum(0)[:, None]
     mean = weight.T @ everywhere / num.clamp_min(1)
     variance = weight.T @ (everywhere - mean[everyone.sequence]).square() / (num - 1).clamp_min(1)
-    return (values - mean[who.sequence]) / (variance.clamp_min(1e-12).sqrt() + 1e-4)[who.sequence]
+    return (projection - mean[who.sequence]) / (variance.clamp_min(1e-12).sqrt() + 1e-4)[who.sequence]

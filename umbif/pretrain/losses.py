@@ -31,11 +31,18 @@ class TargetErrors:
     sequence: Tensor  # (B, T)
 
     @classmethod
-    def of(cls, predicted: Tensor, target: Patches, normalise: bool) -> Self:
-        """Of predictions (B, T, P) of z-scores of the brain, or, with `normalise`, of normalised patches."""
+    def of(cls, predicted: Tensor, target: Patches, sequence: Tensor, normalise: bool) -> Self:
+        """Of predictions (B, T, P) of z-scores of the brain, or, with `normalise`, of normalised patches.
+
+        Args:
+            predicted: (B, T, P).
+            target: What was hidden.
+            sequence: (B, S) which the entries of an exam are, whether or not the encoder was told.
+            normalise: See above.
+        """
         voxels = target.voxels.flatten(2)
         error = (predicted.float() - (normalised(voxels) if normalise else voxels)).square().mean(-1)
-        return cls(error, target.valid, target.sequence)
+        return cls(error, target.valid, sequence.gather(1, target.entry))
 
     def by_exam(self) -> Tensor:
         """Mean over the valid targets of each exam, (B,); zero for an exam without any."""

@@ -134,7 +134,7 @@ class UMBIF(pl.LightningModule):
         total, targets = torch.zeros(len(exams), device=tokens.device), None
         if self.reconstruction_weight:
             predicted = self.decoder(tokens, visible, asked)
-            targets = TargetErrors.of(predicted, asked, self.normalise_targets)
+            targets = TargetErrors.of(predicted, asked, exams.sequence, self.normalise_targets)
             parts["reconstruction"] = targets.by_exam()
             total = total + self.reconstruction_weight * parts["reconstruction"]
         if self.training:

@@ -9,12 +9,11 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from umbif.encoders.pooling import extremes, masked_mean
+from umbif.encoders.pooling import pooled
 from umbif.stream.exams import Exams
 from umbif.stream.patches import Patches
 
 Unit = Literal["view", "sequence"]
-UNITS: tuple[Unit, ...] = ("view", "sequence")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Units:
             patches: What the tokens are of; a convolution makes several tokens of each.
             exams: The batch.
             unit: What is compared.
-            extreme_share: F is 3 E with the extremes of these shares, see `extremes`; None leaves the mean alone.
+            extreme_share: F is 3 E with extremes of that share, see `pooled`; None leaves the mean alone.
         """
         if unit == "view":
             entry, sequence = torch.zeros_like(valid, dtype=torch.int64), torch.zeros_like(exams.sequence[:, :1])
@@ -80,9 +79,3 @@ class Units:
         known = torch.stack([exams.slot, exams.view, exams.person], dim=1)[:, None].expand(-1, len(own), -1)
         own_columns = torch.stack([sequence, torch.stack(own, dim=1).any(-1).long()], dim=-1)
         return cls(features, Identity(torch.cat([known, own_columns], dim=-1).flatten(0, 1)))
-
-
-def pooled(tokens: Tensor, valid: Tensor, extreme_share: float | None) -> Tensor:
-    """(B, F) of the valid tokens."""
-    mean = masked_mean(tokens, valid)
-    return mean if extreme_share is None else torch.cat([mean, *extremes(tokens, valid, extreme_share)], dim=-1)
