@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from umbif.encoders.probing import feature_std, knn_accuracy, linear_probe, rank_me
 from umbif.encoders.vit import ViT3D
 from umbif.fit import fit
-from umbif.pretrain.monitors import choose, undisturbed, verbatim
+from umbif.pretrain.monitors import Panel, choose, undisturbed, verbatim
 from umbif.scale.throughput import StepCounter, attention_flops, measured_flops
 
 RNG = np.random.default_rng(0)
@@ -74,6 +74,13 @@ def test_too_few_persons_of_a_class_is_no_answer(labels):
     features = RNG.normal(size=(30, 4))
     assert math.isnan(linear_probe(features, np.array(labels), np.arange(30)))
     assert math.isnan(knn_accuracy(features, np.array(labels), np.arange(30), neighbours=3))
+
+
+def test_what_all_exams_have_in_common_fills_no_direction():
+    panel, features = Panel([], np.arange(30), {}), RNG.normal(size=(30, 8)).astype(np.float32)
+    rank = panel.values(features, neighbours=3)["monitor/rank_me"]
+    assert rank > 7
+    assert panel.values(features + 1000, neighbours=3)["monitor/rank_me"] == pytest.approx(rank, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -141,8 +141,12 @@ class Panel:
     labels: dict[str, npt.NDArray[np.str_]]  # each (N,); the empty text is missing
 
     def values(self, features: npt.NDArray[np.float32], neighbours: int) -> dict[str, float]:
-        """What features (N, E) are worth; what cannot be said is left out."""
-        values = {"monitor/rank_me": rank_me(features), "monitor/feature_std": feature_std(features)}
+        """What features (N, E) are worth; what cannot be said is left out.
+
+        Rank is that of what tells exams apart: mean tokens share a large part, which alone would make it small.
+        """
+        rank = rank_me(features - features.mean(axis=0))
+        values = {"monitor/rank_me": rank, "monitor/feature_std": feature_std(features)}
         for name, labels in self.labels.items():
             values[f"monitor/knn_{name}"] = knn_accuracy(features, labels, self.persons, neighbours)
             values[f"monitor/probe_{name}"] = linear_probe(features, labels, self.persons)

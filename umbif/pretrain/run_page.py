@@ -23,7 +23,7 @@ from umbif.progress import duration
 DASH = "–"
 SKIPPED = "skipped"  # what the guard says in log.txt of a step that was not taken
 PER_SEQUENCE = "val/reconstruction_"
-INPUT_BOUND, COLLAPSED, FALLEN, MANY_SKIPPED = 0.05, 0.2, 0.5, 0.01
+INPUT_BOUND, COLLAPSED, FALLEN, MANY_SKIPPED = 0.05, 0.01, 0.5, 0.01
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,13 @@ LOSS_WORDS = {
 }
 RANK = Chart(
     "RankMe", "Directions in use", (("monitor/rank_me", ""),),
-    "How many directions features fill: 1 is none, the number of exams watched is the most. Worry when it falls and "
-    "keeps falling: the encoder collapses into few directions.",
+    "How many directions features fill about their mean: the number of exams watched is the most. Worry when it falls "
+    "and keeps falling: the encoder collapses into few directions.",
 )  # fmt: skip
 SPREAD = Chart(
     "Spread of features", "Standard deviation × √width", (("monitor/feature_std", ""),),
-    "1 is an even spread, 0 is one point for all exams: a collapse. Worry below 0.2, or when it sinks without end.",
+    "1 is an even spread, 0 is one point for all exams: a collapse. Mean tokens have a large part in common, so 0.05 "
+    "to 0.4 is usual. Worry below 0.01, or when it sinks without end.",
 )  # fmt: skip
 
 
