@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -305,6 +306,26 @@ def test_a_crop_is_the_volume_there_and_the_mean_beyond(corpus, start, size):
         assert np.array_equal(sample["image"][entry], padded[at])
         assert frame.outside * frame.scale + frame.intercept == pytest.approx(frame.mean, abs=frame.scale / 2)
     assert list(sample["present"]) == [True, True, False]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_as_many_volumes_are_kept_as_memory_was_given_for_and_they_read_the_same(corpus, tmp_path, kept):
+    exam = list(corpus.exams["exam"]).index("TINY/P6")
+    frames = [corpus.frames(exam)[name] for name in ("t1", "flair")]
+    folder = shutil.copytree(corpus.folder, tmp_path / "copy")
+    own = Corpus(folder, cache_bytes=sum(2 * np.prod(frame.shape) for frame in frames[:kept]))
+    for _ in range(2):
+        for frame in frames:
+            crop = own.read(frame, (-3, 2, 1), (12, 9, 10), fill=7)
+            assert np.array_equal(crop, corpus.read(frame, (-3, 2, 1), (12, 9, 10), fill=7))
+    for shard in (folder / "shards").iterdir():
+        os.truncate(shard, 0)
+    for number, frame in enumerate(frames):
+        if number < kept:
+            assert np.array_equal(whole(own, frame), whole(corpus, frame))
+        else:
+            with pytest.raises(UmbifError, match="damaged"):
+                whole(own, frame)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 130, 33), (97, 31, 2)])

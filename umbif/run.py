@@ -20,7 +20,9 @@ from umbif.machine import environment, is_leader
 from umbif.recipe import Recipe, read_tree
 
 # What may differ when a run goes on: nothing of it enters the numbers.
-MAY_CHANGE = ("about", "run.dir", "callbacks", "data.num_workers", "trainer.max_steps", "model.max_steps")
+MAY_CHANGE = (
+    "about", "run.dir", "callbacks", "data.num_workers", "data.cache_gib", "trainer.max_steps", "model.max_steps",
+)  # fmt: skip
 TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
 ABSENT = "absent"
 

@@ -94,13 +94,15 @@ class Corpus:
 
     Args:
         folder: What `umbif prepare` wrote.
+        cache_bytes: Decoded volumes that each process keeps, of those that it reads first. Nothing makes way for
+            others: exams come in random order, so the next to be read may as well be the oldest.
 
     Raises:
         UsageError: The folder is no corpus, or its preparation has not been finished.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, cache_bytes: float = 0) -> None:
+        self.folder, self.cache_bytes = Path(folder), cache_bytes
         self.about = _read_about(self.folder)
         self.index = pd.read_parquet(self.folder / "index.parquet")
         self.identity: str = self.about["identity"]
@@ -110,12 +112,14 @@ class Corpus:
         self._rows = [np.asarray(starts[exam]) for exam in self.exams["exam"]]
         self._column = {name: self.index[name].to_numpy() for name in LOOKED_UP}  # pandas rows cost 0.1 ms each
         self._files: dict[str, int] = {}
+        self._cache: dict[int, npt.NDArray[Any]] = {}  # by row of the index
+        self._cached_bytes = 0
 
     def __len__(self) -> int:
         return len(self.exams)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_cache": {}, "_cached_bytes": 0}
 
     def frames(self, exam: int) -> dict[str, Frame]:
         """The frames of one exam by name, masks included."""
@@ -133,7 +137,7 @@ class Corpus:
         Raises:
             UmbifError: The bytes differ from those that were written, at the second reading too.
         """
-        array = blosc2.ndarray_from_cframe(self._checked_bytes(frame.row))
+        array = self._volume(frame.row)
         low = [max(s, 0) for s in start]
         high = [min(s + n, full) for s, n, full in zip(start, size, frame.shape, strict=True)]
         inside = array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
@@ -159,6 +163,18 @@ class Corpus:
         per_frame = (*LOOKED_UP, "sequence", "affine", "voxel_sha256", "path")
         table = self.index.drop(columns=[c for c in per_frame if c in self.index])
         return table.drop_duplicates("exam").reset_index(drop=True)
+
+    def _volume(self, row: int) -> Any:
+        """What can be sliced: decoded if it is kept, and block by block if it is not."""
+        if row in self._cache:
+            return self._cache[row]
+        array = blosc2.ndarray_from_cframe(self._checked_bytes(row))
+        if self._cached_bytes + array.nbytes > self.cache_bytes:
+            return array
+        self._cache[row] = array[:]
+        self._cache[row].flags.writeable = False
+        self._cached_bytes += array.nbytes
+        return self._cache[row]
 
     def _checked_bytes(self, row: int) -> bytes:
         c = self._column

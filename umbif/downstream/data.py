@@ -23,6 +23,7 @@ class TaskData(pl.LightningDataModule):
         global_batch_size: Exams of a micro-step over all ranks.
         val_fraction: Share of the training people on whom the threshold is chosen.
         num_workers: Reading processes of each rank.
+        cache_gib: Decoded volumes that each of these keeps in memory, for a corpus that fits.
         seed: Of the order and of the validation people.
     """
 
@@ -35,10 +36,11 @@ class TaskData(pl.LightningDataModule):
         global_batch_size: int = 8,
         val_fraction: float = 0.2,
         num_workers: int = 4,
+        cache_gib: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.corpus = Corpus(corpus)
+        self.corpus = Corpus(corpus, cache_gib * 2**30)
         self.task, self.positive = task, label.positive[0]
         self.global_batch_size, self.num_workers = global_batch_size, num_workers
         self.position = Position(seed)

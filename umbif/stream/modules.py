@@ -59,6 +59,7 @@ class PretrainData(pl.LightningDataModule):
         max_sequences: Most sequences of a view; null for no limit.
         around_tumour: Crop around the tumour, and leave out exams without a tumour mask.
         num_workers: Reading processes of each rank.
+        cache_gib: Decoded volumes that each of these keeps in memory, for a corpus that fits.
         num_val_exams: Held-out exams whose losses are logged.
         seed: Of order and views.
     """
@@ -74,11 +75,12 @@ class PretrainData(pl.LightningDataModule):
         max_sequences: int | None = None,
         around_tumour: bool = False,
         num_workers: int = 4,
+        cache_gib: float = 0.0,
         num_val_exams: int = 16,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.corpus = Corpus(corpus)
+        self.corpus = Corpus(corpus, cache_gib * 2**30)
         self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
         self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
         self.policy: dict[str, Any] = {
@@ -168,7 +170,8 @@ def data_loader(
     """
     if num_workers:
         batch_bytes = len(next(iter(batches))) * dataset.sample_bytes()
-        num_workers = affordable_workers(num_workers, batch_bytes, trainer.num_devices if trainer is not None else 1)
+        num_processes = trainer.num_devices if trainer is not None else 1
+        num_workers = affordable_workers(num_workers, batch_bytes, num_processes, dataset.corpus.cache_bytes)
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -180,21 +183,23 @@ def data_loader(
     )
 
 
-def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int) -> int:
+def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int, cache_bytes: float = 0) -> int:
     """As many workers as may hold batches in memory; a system that runs out of it kills one without a word.
 
     Args:
         num_wanted: Of the recipe.
         batch_bytes: Of one batch.
         num_processes: That share the memory and do the same.
+        cache_bytes: What each worker keeps.
     """
     available = available_memory_bytes()
     if available is None:
         return num_wanted
     # Each has PREFETCHED batches on the way, and the one that it makes twice: as samples and as a batch.
-    num = int(available * MEMORY_SHARE / num_processes / (batch_bytes * (PREFETCHED + 2)))
+    of_each = batch_bytes * (PREFETCHED + 2) + cache_bytes
+    num = int(available * MEMORY_SHARE / num_processes / of_each)
     if num < num_wanted:
-        said = f"a batch takes {batch_bytes / 2**30:.1f} GiB and {available / 2**30:.0f} GiB are free"
+        said = f"each takes {of_each / 2**30:.1f} GiB and {available / 2**30:.0f} GiB are free"
         log.warning("%d reading processes instead of data.num_workers=%d: %s", max(1, num), num_wanted, said)
     return max(1, min(num, num_wanted))
 
