@@ -20,7 +20,7 @@ from umbif.recipe import Recipe, compose
 RECIPE = "pretrain/umbif_tiny"
 NUM_STEPS, WARMUP = 2500, 100  # with 600, reconstruction has not yet learnt most of FLAIR from T1
 QUIETLY = (
-    "hardware=cpu", "callbacks.monitors=null", "data.num_workers=0", "data.num_val_exams=0",
+    "hardware=cpu", "callbacks.monitors=null", "data.num_workers=0", "data.cache_gib=3", "data.num_val_exams=0",
     "callbacks.checkpoint.every_n_steps=1000", "trainer.log_every_n_steps=50", f"trainer.max_steps={NUM_STEPS}",
     f"model.warmup_steps={WARMUP}",
 )  # fmt: skip

@@ -8,16 +8,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from _probes import NUM_DRAWS, PROBES, Question, answered, draws, resamples, retrieved, scored, shuffled
+from _controls import controls
+from _probes import (
+    NUM_DRAWS,
+    PROBES,
+    Question,
+    Scored,
+    probed,
+    resamples,
+    retrieved,
+    scored,
+)  # fmt: skip
 from _tasks import TASKS, Task, score
 from sklearn.neighbors import KNeighborsRegressor
-
-from umbif.evaluation.statistics import auc_interval
 
 Array = npt.NDArray[Any]
 Cell = dict[str, Any]
 NUM_LABELS = (16, 64, 256)
-NULL_LABELS = 64
 NUM_NEIGHBOURS = 16  # whose mean is what a place looks like, whatever the exam
 
 
@@ -46,7 +53,7 @@ def frozen_cells(
             for num in num_labels:
                 yield from (cell_of(question, probe, num) for probe in PROBES)
             if task.kind == "binary" and task.features == "whole":
-                yield null_cell(question, seed)
+                yield from controls(question, seed)
 
 
 def question_of(task: Task, x: Array, targets: pd.DataFrame, places: dict[str, Array]) -> Question:
@@ -72,22 +79,14 @@ def usual(y: Array, position_mm: Array, train: Array) -> Array:
 
 def cell_of(question: Question, probe: str, num_labels: int) -> Cell:
     """A probe with so many labels."""
-    found = scored(question, probe, num_labels)
+    return cell(question.task, probe, num_labels, scored(question, probed(question, probe, num_labels)))
+
+
+def cell(task: Task, probe: str, num_labels: int, found: Scored) -> Cell:
+    """A line of the file."""
     return {
-        "task": question.task.name, "probe": probe, "labels": num_labels, "score": rounded(found.draws.mean()),
+        "task": task.name, "probe": probe, "labels": num_labels, "score": rounded(found.draws.mean()),
         "draws": rounded(found.draws), "resamples": rounded(found.resamples),
-    }  # fmt: skip
-
-
-def null_cell(question: Question, seed: int) -> Cell:
-    """The same with answers that were dealt anew, to test people too: its interval should hold one half."""
-    null = shuffled(question, seed)
-    test = null.is_test[null.exam]
-    found = answered(null, PROBES[0], next(iter(draws(null, NULL_LABELS))), test)
-    area = auc_interval(null.y[test], found)
-    return {
-        "task": question.task.name, "probe": "null", "labels": NULL_LABELS, "score": rounded(area.value),
-        "interval": rounded([area.low, area.high]),
     }  # fmt: skip
 
 

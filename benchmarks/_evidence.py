@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from _controls import CONTROLS
 from _tasks import TASKS, Task
 from scipy.stats import binom
 
@@ -150,3 +151,10 @@ def null_cells(cells: Cells) -> tuple[int, int, tuple[int, int]]:
     missed = sum(not cell["interval"][0] <= 0.5 <= cell["interval"][1] for cell in null)
     low, high = binom.interval(0.95, len(null), 0.05) if null else (0, 0)
     return missed, len(null), (int(low), int(high))
+
+
+def overlap(cells: Cells) -> tuple[float, float]:
+    """Mean areas of `seen` and `unseen` (see `controls`) over arms, seeds and tasks."""
+    areas = {name: [cell["score"] for key, cell in cells.by_key.items() if key[2] == name] for name in CONTROLS[1:]}
+    seen, unseen = (float(np.mean(found)) if found else float("nan") for found in areas.values())
+    return seen, unseen

@@ -3,7 +3,7 @@
 Shapes: n labelled rows, t test rows, F features, B resamples of the test people.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Question:
 class Scored:
     """Of one probe with one number of labels."""
 
-    draws: Array  # (NUM_DRAWS,)
+    draws: Array  # (draws,)
     resamples: Array  # (NUM_RESAMPLES,), means over the draws
 
 
@@ -62,12 +62,17 @@ def one_hot(y: Array) -> Array:
     return np.eye(int(y.max()) + 1)[y.astype(int)]
 
 
-def scored(question: Question, probe: str, num_labels: int) -> Scored:
-    """Scores of a probe that has seen `num_labels` labelled exams, over draws of them."""
+def probed(question: Question, probe: str, num_labels: int) -> Iterator[Array]:
+    """What a probe says of the test rows that has seen `num_labels` labelled exams, for each draw of them."""
+    test = question.is_test[question.exam]
+    return (answered(question, probe, exams, test) for exams in draws(question, num_labels))
+
+
+def scored(question: Question, answers: Iterable[Array]) -> Scored:
+    """Scores of answers about the test rows, one for each draw of the labelled exams."""
     weights = np.vstack([np.ones((1, len(question.is_test))), resamples(question)])
     test = question.is_test[question.exam]
     truth, weights = question.y[test], weights[:, question.exam[test]]
-    answers = [answered(question, probe, exams, test) for exams in draws(question, num_labels)]
     rows = [score(question.task.kind, truth, found, weights) for found in answers]
     return Scored(np.array([row[0] for row in rows]), np.mean([row[1:] for row in rows], axis=0))
 

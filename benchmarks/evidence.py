@@ -24,11 +24,14 @@ from _evidence import (
     is_gain,
     mean,
     null_cells,
+    overlap,
     probe_of,
     verdict,
 )  # fmt: skip
 from _evidence_figures import draw_gains, draw_labels, draw_scores
 from _features import MANY, NUM_COMPONENTS
+from _finetuned import COURSE, FINETUNED, NUM_DRAWS
+from _finetuned import NUM_LABELS as NUM_TUNED
 from _tasks import METRIC, TASKS
 
 from umbif.evaluation.statistics import Estimate
@@ -56,16 +59,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parts_of(cells: Cells) -> dict[str, str]:
     """What the page's braces stand for."""
     missed, num, (low, high) = null_cells(cells)
+    seen, unseen = overlap(cells)
     return {
         "verdict": verdict(cells),
         "arms": "\n".join(f"| `{arm}` | {ABOUT[arm]} |" for arm in ARMS if arm in cells.arms),
         "scores": table(scores(cells)),
         "gains": table(gains_of(cells)),
+        "finetuned": table(finetuned(cells)),
         "knn": table(scores(cells, probe="knn")),
         "labels": table(by_labels(cells)),
         "null": f"{missed} of {num} intervals miss one half; with 5% to be expected, {low} to {high} would.",
+        "overlap": f"{seen:.2f} where their first one was labelled, {unseen:.2f} where as many of others were",
         "runs": table(runs(cells)),
         "smallest": f"{SMALLEST_GAIN:.2f}", "num_labels": str(PRIMARY_LABELS), "unlabelled": str(FULL.unlabelled),
+        "num_tuned": str(NUM_TUNED), "num_draws": str(NUM_DRAWS), "num_steps": str(COURSE.num_steps),
         "many": str(MANY), "components": str(NUM_COMPONENTS),
     }
 
@@ -102,6 +109,15 @@ def by_labels(cells: Cells) -> Iterator[list[str]]:
         if task.name in PRIMARY_TASKS and task.name != "retrieval":
             found = [mean(cells, arm, task.name, "linear", num) for num in NUM_LABELS for arm in arms]
             yield [task.name, *(number(one) for one in found)]
+
+
+def finetuned(cells: Cells) -> Iterator[list[str]]:
+    """Of encoders that went on learning from the labelled exams."""
+    arms = [arm for arm in cells.arms if cells.seeds(arm, FINETUNED[0].name, "finetuned", NUM_TUNED)]
+    yield ["task", "", *(f"`{arm}`" for arm in arms)]
+    for task in FINETUNED:
+        found = [mean(cells, arm, task.name, "finetuned", NUM_TUNED) for arm in arms]
+        yield [task.name, METRIC[task.kind], *map(told, found)]
 
 
 def runs(cells: Cells) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ figures: `evidence.py`. It has not been run in full yet.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from _arms import ARMS, BASELINES, SUPERVISED, describer
+from _arms import ARMS, BASELINES, PRETRAINED, SUPERVISED, describer
 from _cells import Cell, append, frozen_cells, read_cells
 from _cohort import FULL, Cohort, make_cohort
 from _describe import Describer, Encoded
 from _features import Array, features_of, load, places_of, save, targets_of
+from _finetuned import finetuned_cells
 from _inputs import Shown, read
 from _report import commit, hardware
-from _supervised import teach
+from _supervised import UPPER_BOUND, teach
 
 from umbif.corpus.shards import Corpus
 from umbif.progress import console, track
@@ -85,9 +86,19 @@ class Bench:
         """What an arm makes of an exam; trains it where that has not been done."""
         found = describer(SUPERVISED.get(arm, arm), seed, self.cohort, self.folder / "runs")
         if isinstance(found, Encoded) and arm in SUPERVISED:
-            teach(found.encoder.requires_grad_(True), Corpus(self.cohort.clinic), self.rows, self.targets, seed)
+            taught = np.flatnonzero(~self.targets["test"])
+            targets = self.targets.iloc[taught].reset_index(drop=True)
+            teach(found.encoder, Corpus(self.cohort.clinic), self.rows[taught], targets, seed, UPPER_BOUND)
             found = Encoded(found.encoder)
         return found
+
+    def cells(self, arm: str, seed: int) -> Iterator[Cell]:
+        """Frozen, and for a transformer fine-tuned too."""
+        yield from frozen_cells(self.features(arm, seed), self.targets, self.places, seed)
+        if arm in ("untrained", *PRETRAINED):
+            encoded, corpus = self.describer(arm, seed), Corpus(self.cohort.clinic)
+            assert isinstance(encoded, Encoded)
+            yield from finetuned_cells(encoded.encoder, corpus, self.exams, self.targets, seed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -130,7 +141,7 @@ def works(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
 def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:
     """All of one encoder, and where they come from."""
     begun = time.monotonic()
-    found = list(frozen_cells(bench.features(arm, seed), bench.targets, bench.places, seed))
+    found = list(bench.cells(arm, seed))
     minutes = round((time.monotonic() - begun) / 60, 1)
     source = {"commit": commit(), "hardware": hardware(torch.device("cpu")), "minutes": minutes}
     return [{"arm": arm, "seed": seed, **cell} for cell in (*found, source)]

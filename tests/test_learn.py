@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from umbif.stream.patches import patch_grid
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 N = 120
+PROBED = [("linear", 64), ("knn", 64), ("finetuned", 64), ("seen", 30), ("unseen", 30)]
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +87,33 @@ def test_a_person_is_resampled_with_all_of_its_exams_and_only_test_people_are(be
 @pytest.mark.parametrize("probe", ["linear", "knn"])
 def test_a_probe_finds_what_is_there_and_nothing_where_labels_were_dealt_anew(bench, make_question, probe):
     probes = bench("_probes")
-    assert probes.scored(make_question(1.5), probe, 32).draws.mean() > 0.9
-    null = [probes.scored(probes.shuffled(make_question(1.5), seed), probe, 32).draws.mean() for seed in range(12)]
+
+    def score(question):
+        return probes.scored(question, probes.probed(question, probe, 32)).draws.mean()
+
+    assert score(make_question(1.5)) > 0.9
+    null = [score(probes.shuffled(make_question(1.5), seed)) for seed in range(12)]
     assert np.mean(null) == pytest.approx(0.5, abs=0.06)
 
 
 def test_intervals_of_null_cells_miss_one_half_as_often_as_they_should(bench, make_question):
-    null_cell = bench("_cells").null_cell
-    cells = [{"arm": "a", "seed": seed, **null_cell(make_question(1.0, seed=seed), seed)} for seed in range(60)]
+    controls = bench("_controls").controls
+    made = [(seed, controls(make_question(1.0, seed=seed), seed)) for seed in range(60)]
+    cells = [{"arm": "a", "seed": seed, **cell} for seed, found in made for cell in found]
     missed, num, (low, high) = bench("_evidence").null_cells(bench("_evidence").Cells(cells))
     assert num == 60
     assert low <= missed <= high
+
+
+def test_people_that_are_labelled_and_tested_raise_a_score_that_has_nothing_else_to_go_by(bench, make_question):
+    question = make_question(0.0)
+    twin = np.flatnonzero(question.person[1:] == question.person[:-1])
+    question.x[twin + 1], question.y[twin + 1] = question.x[twin], question.y[twin]  # as two exams of one brain are
+    question.y[twin] = question.y[twin + 1] = np.arange(len(twin)) % 2
+    found = {cell["probe"]: cell for cell in bench("_controls").controls(question, 0)}
+    assert found["seen"]["labels"] == found["unseen"]["labels"] == len(twin)
+    assert found["seen"]["score"] == 1
+    assert found["unseen"]["score"] < 0.9
 
 
 def test_a_difference_is_that_of_the_same_seeds_and_resamples(bench):
@@ -160,6 +178,26 @@ def test_an_exam_is_described_sequence_by_sequence(bench, corpus):
     assert own.places[3] == pytest.approx(tokens[place == exam.places[3]].mean(0).detach().numpy(), abs=1e-5)
 
 
+def test_a_finetuned_encoder_learns_its_labels_in_their_units_and_the_given_one_stays(bench, corpus):
+    tuned, rows = bench("_finetuned"), np.arange(len(corpus))
+    exams = list(bench("_inputs").read(corpus, rows))
+    targets = pd.DataFrame({"person": rows, "test": rows % 2 == 1, "idh": rows // 2 % 2, "log_lesion": 50.0 + rows})
+    encoder = small_umbif().encoder
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    (volume,) = [task for task in tuned.FINETUNED if task.kind == "number"]
+    question, course = tuned.question_of(volume, targets), bench("_supervised").Course(num_steps=60, lr=3e-3)
+    seen = replace(question, is_test=np.ones(len(rows), dtype=bool))
+    found = tuned.finetuned(encoder, corpus, exams, targets, seen, rows, 0, course)
+    assert np.corrcoef(found, targets["log_lesion"])[0, 1] > 0.9
+    assert found == pytest.approx(targets["log_lesion"].to_numpy(), abs=2.0)
+    assert all(np.array_equal(before[name], value) for name, value in encoder.state_dict().items())
+    short = bench("_supervised").Course(num_steps=1, lr=1e-3)
+    cells = list(tuned.finetuned_cells(encoder, corpus, exams, targets, 0, short))
+    assert [(cell["task"], cell["probe"], len(cell["draws"])) for cell in cells] == [
+        ("lesion volume", "finetuned", 3), ("idh", "finetuned", 3),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("gain", "said"), [(0.10, "on 11 of 11 tasks"), (0.03, "on 0 of 11 tasks")])
 def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
     rng, results = np.random.default_rng(0), tmp_path / "learn.jsonl"
@@ -168,7 +206,7 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
         {"arm": arm, "seed": seed, "task": task.name, "probe": probe, "labels": num, "score": level,
          "resamples": (level + noise).tolist()}
         for task in bench("_tasks").TASKS for noise in [rng.normal(0, 0.02, 40)]
-        for probe, num in ([("cosine", 0)] if task.name == "retrieval" else [("linear", 64), ("knn", 64)])
+        for probe, num in ([("cosine", 0)] if task.name == "retrieval" else PROBED)
         for arm, level in ((arm, 0.6 + gain * (arm == "umbif")) for arm in (*arms, "umbif")) for seed in range(3)
     ]  # fmt: skip
     source = {"arm": "umbif", "seed": 0, "commit": "0123abc", "hardware": "a CPU", "minutes": 2.0}
