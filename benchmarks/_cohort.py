@@ -47,15 +47,18 @@ class Cohort:
 
 def make_cohort(folder: Path, size: Size) -> Cohort:
     """Makes what is missing; the same call goes on where it was stopped."""
-    unlabelled, clinic = folder / "phantom_unlabelled", folder / "phantom_clinic"
-    for files, num, seed in ((unlabelled, size.unlabelled, UNLABELLED_SEED), (clinic, size.clinic, CLINIC_SEED)):
-        write_phantom(files, num, spacing_mm=SPACING_MM, seed=seed, healthy=HEALTHY)
-    shuffle(unlabelled, folder / "phantom_placebo")
-    corpora = {
-        name: prepare(folder / f"phantom_{name}", folder / name, test_fraction)
-        for name, test_fraction in (("unlabelled", 0.0), ("placebo", 0.0), ("clinic", TEST_FRACTION))
-    }
-    return Cohort(**corpora, truth=truth_of(Corpus(corpora["clinic"]), clinic))
+    unlabelled = make_corpus(folder, "unlabelled", size.unlabelled, UNLABELLED_SEED)
+    shuffle(folder / "phantom_unlabelled", folder / "phantom_placebo")
+    placebo = prepare(folder / "phantom_placebo", folder / "placebo", 0.0)
+    clinic = make_corpus(folder, "clinic", size.clinic, CLINIC_SEED, TEST_FRACTION)
+    return Cohort(unlabelled, placebo, clinic, truth_of(Corpus(clinic), folder / "phantom_clinic"))
+
+
+def make_corpus(folder: Path, name: str, num: int, seed: int, test_fraction: float = 0.0) -> Path:
+    """Synthetic exams in `folder`, and the corpus that they are prepared to."""
+    files = folder / f"phantom_{name}"
+    write_phantom(files, num, spacing_mm=SPACING_MM, seed=seed, healthy=HEALTHY)
+    return prepare(files, folder / name, test_fraction)
 
 
 def prepare(files: Path, folder: Path, test_fraction: float) -> Path:

@@ -3,6 +3,7 @@
     python benchmarks/learn.py                   goes on where it stopped
     python benchmarks/learn.py --minutes 60      begins no further arm after an hour
     python benchmarks/learn.py --develop         for tuning: judges by training people alone, in a file of its own
+    python benchmarks/learn.py --quick           a check of the machinery in about three minutes
 
 Every finished cell is a line of the results file. Arms: `_arms.py`; tasks: `_tasks.py`; exams: `_cohort.py`. Tables and
 figures: `evidence.py`. It has not been run in full yet.
@@ -25,6 +26,7 @@ from _describe import Describer, Encoded
 from _features import Array, features_of, load, places_of, save, targets_of
 from _finetuned import finetuned_cells
 from _inputs import Shown, read
+from _quick import quick_cells, told
 from _report import commit, hardware
 from _supervised import UPPER_BOUND, teach
 
@@ -106,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     quiet()
     torch.set_num_threads(1)
+    if args.quick:
+        told(quick_cells(args.folder / "quick"))
+        return
     bench = Bench(args.folder, args.develop)
     results = args.folder / "develop.jsonl" if args.develop else RESULTS
     begun = time.monotonic()
@@ -124,6 +129,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Does pretraining help?")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "learn", help="exams, runs and features")
     parser.add_argument("--develop", action="store_true", help="judge by training people alone: for tuning")
+    parser.add_argument("--quick", action="store_true", help="few exams, one question: does the machinery learn?")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, and in development 100 to 104")
