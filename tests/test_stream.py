@@ -492,6 +492,21 @@ def test_a_crop_around_a_tumour_holds_its_centre_in_the_middle_half_where_the_bo
     assert set(starts[:, 2]) == {-1}  # larger than the box: centred
 
 
+@pytest.mark.parametrize("focus", [None, (20, 14, 30)])
+def test_exams_of_a_place_are_cropped_where_the_others_are(focus):
+    asked = {"sequences": ("t1", "t2"), "crop": (16, 16, 16), "num_views": 2, "disjoint_share": 0.0}
+    policy = {"keep_probability": 0.5, "exams_per_place": 4, "focus": focus}
+    views = [draw_views(0, slot, box=(40, 40, 60), **asked, **policy) for slot in range(2000)]
+    groups = [{view.start for pair in views[at : at + 4] for view in pair} for at in range(0, 2000, 4)]
+    assert {len(group) for group in groups} == {1}
+    starts = np.array([next(iter(group)) for group in groups])
+    reach = ([24, 24, 44], [0, 0, 0]) if focus is None else ([16, 10, 26], [8, 2, 18])
+    assert (np.abs(starts.max(0) - reach[0]) <= 1).all()
+    assert (np.abs(starts.min(0) - reach[1]) <= 1).all()
+    (larger, _), (smaller, _) = (draw_views(0, 0, box=(n,) * 3, **asked, **policy | {"focus": None}) for n in (116, 66))
+    assert np.abs(np.divide(larger.start, 100) - np.divide(smaller.start, 50)).max() < 0.03  # of their own box
+
+
 def test_exams_without_a_tumour_mask_are_left_out(corpus):
     data = PretrainData(str(corpus.folder), crop_size=(8, 8, 8), around_tumour=True, num_val_exams=3, num_workers=0)
     assert sorted(corpus.exams["exam"][row] for split in ("train", "test") for row in data.exams(split)) == [

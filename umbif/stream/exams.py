@@ -106,6 +106,7 @@ class CropDataset(Dataset[list[Sample]]):
         disjoint_share: See `draw_views`.
         keep_probability: See `draw_views`.
         max_sequences: See `draw_views`.
+        exams_per_place: See `draw_views`.
         around_tumour: Crops around the tumour, of exams that have its mask.
     """
 
@@ -120,13 +121,14 @@ class CropDataset(Dataset[list[Sample]]):
         disjoint_share: float = 0.5,
         keep_probability: float = 0.75,
         max_sequences: int | None = None,
+        exams_per_place: int = 0,
         around_tumour: bool = False,
     ) -> None:
         self.corpus, self.exams, self.crop_size, self.seed = corpus, exams, crop_size, seed
         self.around_tumour = around_tumour
         self.policy: dict[str, Any] = {
             "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
-            "max_sequences": max_sequences,
+            "max_sequences": max_sequences, "exams_per_place": exams_per_place,
         }  # fmt: skip
         self.width = most_sequences(corpus)
         self.person = person_codes(corpus)

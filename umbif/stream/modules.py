@@ -57,6 +57,7 @@ class PretrainData(pl.LightningDataModule):
         disjoint_share: Share of the exams with several sequences whose views have none in common.
         keep_probability: How likely another view sees a sequence that its exam has.
         max_sequences: Most sequences of a view; null for no limit.
+        exams_per_place: Consecutive exams whose crops all lie at the same place; 0 draws one for each view.
         around_tumour: Crop around the tumour, and leave out exams without a tumour mask.
         num_workers: Reading processes of each rank.
         cache_gib: Decoded volumes that each of these keeps in memory, for a corpus that fits.
@@ -73,6 +74,7 @@ class PretrainData(pl.LightningDataModule):
         disjoint_share: float = 0.5,
         keep_probability: float = 0.75,
         max_sequences: int | None = None,
+        exams_per_place: int = 0,
         around_tumour: bool = False,
         num_workers: int = 4,
         cache_gib: float = 0.0,
@@ -85,7 +87,7 @@ class PretrainData(pl.LightningDataModule):
         self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
         self.policy: dict[str, Any] = {
             "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
-            "max_sequences": max_sequences, "around_tumour": around_tumour,
+            "max_sequences": max_sequences, "exams_per_place": exams_per_place, "around_tumour": around_tumour,
         }  # fmt: skip
         self.position = Position(seed)
 

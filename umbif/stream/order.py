@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Triple = tuple[int, int, int]
-ORDER, VIEWS = 0, 1  # purposes of the generators below: their numbers are independent
+ORDER, VIEWS, PLACES = 0, 1, 2  # purposes of the generators below: their numbers are independent
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def draw_views(
     disjoint_share: float,
     keep_probability: float,
     max_sequences: int | None = None,
+    exams_per_place: int = 0,
     focus: Triple | None = None,
 ) -> list[View]:
     """The views of a slot.
@@ -75,13 +76,20 @@ def draw_views(
         disjoint_share: Of the exams with two sequences or more, the share whose views have no sequence in common.
         keep_probability: Otherwise, how likely each view sees a sequence (one at least).
         max_sequences: Most sequences of a view.
+        exams_per_place: Consecutive slots whose crops all lie at the same place of their box (or about their focus).
+            Where siblings lie elsewhere, a contrast unlearns where and how large things are. 0 draws a place for each
+            view.
         focus: Voxel that lies in the middle half of every crop, as far as the box allows; None draws them anywhere.
     """
     rng = generator(seed, VIEWS, slot)
     subsets = _draw_subsets(rng, sequences, num_views, disjoint_share, keep_probability)
     if max_sequences is not None:
         subsets = [_some(rng, subset, max_sequences) for subset in subsets]
-    return [View(_draw_start(rng, box, crop, focus), subset) for subset in subsets]
+    if exams_per_place:
+        places = [generator(seed, PLACES, slot // exams_per_place).random(3)] * len(subsets)
+    else:
+        places = [rng.random(3) for _ in subsets]
+    return [View(_start(place, box, crop, focus), subset) for place, subset in zip(places, subsets, strict=True)]
 
 
 @lru_cache(maxsize=4)
@@ -89,18 +97,20 @@ def _epoch_order(epoch: int, num_exams: int, seed: int) -> npt.NDArray[np.int64]
     return generator(seed, ORDER, epoch).permutation(num_exams)
 
 
-def _draw_start(rng: np.random.Generator, box: Triple, crop: Triple, focus: Triple | None) -> Triple:
+def _start(place: npt.NDArray[np.float64], box: Triple, crop: Triple, focus: Triple | None) -> Triple:
     centre = focus or (None, None, None)
-    x, y, z = (_draw_along(rng, b, c, f) for b, c, f in zip(box, crop, centre, strict=True))
+    x, y, z = (_start_along(*axis) for axis in zip(place, box, crop, centre, strict=True))
     return x, y, z
 
 
-def _draw_along(rng: np.random.Generator, box: int, crop: int, focus: int | None) -> int:
+def _start_along(place: float, box: int, crop: int, focus: int | None) -> int:
+    """Where a crop begins, for a place from 0 to 1."""
     if box <= crop:
         return (box - crop) // 2
     if focus is None:
-        return int(rng.integers(0, box - crop + 1))
-    return int(np.clip(focus - rng.integers(crop // 4, crop - crop // 4 + 1), 0, box - crop))
+        return int(place * (box - crop + 1))
+    margin = crop // 4
+    return int(np.clip(focus - margin - int(place * (crop - 2 * margin + 1)), 0, box - crop))
 
 
 def _some(rng: np.random.Generator, sequences: tuple[str, ...], most: int) -> tuple[str, ...]:
