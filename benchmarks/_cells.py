@@ -9,16 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from _controls import controls
-from _probes import (
-    NUM_DRAWS,
-    PROBES,
-    Question,
-    Scored,
-    probed,
-    resamples,
-    retrieved,
-    scored,
-)  # fmt: skip
+from _probes import NUM_DRAWS, PROBES, Question, Scored, probed, resamples, retrieved, scored
 from _tasks import TASKS, Task, score
 from sklearn.neighbors import KNeighborsRegressor
 

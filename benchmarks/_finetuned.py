@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from _cells import Cell, cell
+from _cells import Cell, cell, question_of
 from _inputs import Shown
 from _probes import Question, draws, scored
 from _supervised import Course, Taught, teach
-from _tasks import TASKS, Task
+from _tasks import TASKS
 
 from umbif.corpus.shards import Corpus
 from umbif.encoders.cnn import CNN3D
@@ -41,20 +41,12 @@ def finetuned_cells(
         course: How it is fine-tuned.
     """
     for task in FINETUNED:
-        question = question_of(task, targets)
+        question = question_of(task, np.empty((len(targets), 0)), targets, {})  # no features: exams are shown again
         answers = [
             finetuned(encoder, corpus, exams, targets, question, labelled, 100 * seed + draw, course)
             for draw, labelled in enumerate(islice(draws(question, NUM_LABELS), NUM_DRAWS))
         ]
         yield cell(task, "finetuned", NUM_LABELS, scored(question, answers))
-
-
-def question_of(task: Task, targets: pd.DataFrame) -> Question:
-    """The exams that have an answer; features there are none."""
-    y = targets[task.target].to_numpy()
-    known = np.flatnonzero(np.isfinite(y))
-    person, is_test = targets["person"].to_numpy(), targets["test"].to_numpy()
-    return Question(task, np.empty((len(known), 0)), y[known], known, person, is_test)
 
 
 def finetuned(

@@ -51,12 +51,15 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(batch):
 
 
 def test_an_untrained_model_is_at_chance(corpus):
-    """Of a target with variance 1, a prediction near 0 misses 1; of n keys that look alike, one is right by log n."""
+    """Of a target with variance 1, a prediction near 0 misses 1; of n keys that look alike, one is right by log n.
+
+    Projections are standardised and not alike, so the contrast starts somewhat above.
+    """
     batches = [views(corpus, range(at, at + 5)) for at in range(0, 100, 5)]  # one of ten views says little
     parts = [small_umbif().losses(batch).parts for batch in batches]
     mean = {name: torch.stack([of[name].detach().mean() for of in parts]).mean() for name in parts[0]}
-    assert mean["reconstruction"] == pytest.approx(1.0, abs=0.7)
-    assert mean["contrast"] == pytest.approx(math.log(len(batches[0]) - 2), abs=1.2)
+    assert mean["reconstruction"] == pytest.approx(1.0, abs=0.2)
+    assert mean["contrast"] == pytest.approx(math.log(len(batches[0]) - 2), abs=1.0)
 
 
 def test_logs_call_a_sequence_by_its_name_also_where_the_encoder_is_not_told(batch):

@@ -522,9 +522,13 @@ def test_validation_takes_what_is_held_out_also_where_it_is_less_than_a_batch(co
     assert [len(batch) for batch in data.val_dataloader()] == [2 * held_out]
 
 
-@pytest.mark.parametrize(("free_gib", "processes", "expected"), [(1000, 1, 8), (40, 1, 6), (40, 2, 3), (1, 1, 1)])
-def test_reading_processes_are_as_many_as_the_memory_holds(monkeypatch, free_gib, processes, expected):
+@pytest.mark.parametrize(
+    ("free_gib", "processes", "cache_gib", "expected"),
+    [(1000, 1, 0, 8), (40, 1, 0, 6), (40, 2, 0, 3), (1, 1, 0, 1), (40, 1, 2, 4), (40, 1, 200, 1)],
+)
+def test_reading_processes_are_as_many_as_the_memory_holds(monkeypatch, free_gib, processes, cache_gib, expected):
+    wanted = {"batch_bytes": 2**30, "num_processes": processes, "cache_bytes": cache_gib * 2**30}
     monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: free_gib * 2**30)
-    assert affordable_workers(8, batch_bytes=2**30, num_processes=processes) == expected
+    assert affordable_workers(8, **wanted) == expected
     monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: None)
-    assert affordable_workers(8, batch_bytes=2**30, num_processes=processes) == 8
+    assert affordable_workers(8, **wanted) == 8

@@ -185,7 +185,7 @@ def data_loader(
     )
 
 
-def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int, cache_bytes: float = 0) -> int:
+def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int, cache_bytes: float) -> int:
     """As many workers as may hold batches in memory; a system that runs out of it kills one without a word.
 
     Args:
