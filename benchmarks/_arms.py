@@ -5,17 +5,21 @@ in random order: what it gains over `untrained` is no anatomy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from _cohort import Cohort
+from _cohort import SPACING_MM, Cohort
 from _describe import Describer, Encoded, Histogram, Raw
+from _supervised import Course
+from torch import Tensor
+from torch.nn.functional import avg_pool3d
 
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.vit import ViT3D
 from umbif.fit import fit
 from umbif.recipe import Recipe, compose
+from umbif.stream.patches import Patches
 
 RECIPE = "pretrain/umbif_tiny"
 NUM_STEPS, WARMUP = 2500, 100  # with 600, reconstruction has not yet learnt most of FLAIR from T1
@@ -49,23 +53,50 @@ PRETRAINED = {
     "ssl_cerebral": Arm("the hybrid on large crops around tumours", overrides=(
         "data.around_tumour=true", "data.crop_size=[64,64,64]")),
 }  # fmt: skip
-UNTRAINED = {"untrained": "the same encoder with its first weights", "cnn": "an untrained EfficientNet-B0"}
+ABLATED = {
+    "light": Arm("contrast weight .003", overrides=("model.contrast_weight=0.003",)),
+    "heavy": Arm("contrast weight .03", overrides=("model.contrast_weight=0.03",)),
+    "cold": Arm("temperature .1", overrides=("model.contrast.temperature=0.1",)),
+    "whole": Arm("whole views compared, not sequences", overrides=("model.contrast.unit=view",)),
+    "scattered": Arm("each view at a place of its own", overrides=("data.exams_per_place=0",)),
+    "apart": Arm("no sequence in common between views", overrides=("data.disjoint_share=1",)),
+    "fewer": Arm("32 patches seen", overrides=("model.masking.num_visible=32",)),
+    "asked_less": Arm("32 hidden patches decoded", overrides=("model.masking.num_targets=32",)),
+    "shallow": Arm("decoder of one layer", overrides=("model.decoder.depth=1",)),
+    "normalised": Arm("patches normalised one by one", overrides=("model.normalise_targets=true",)),
+    "bright": Arm("curves of .4 instead of .1", overrides=("model.augmentation.curve=0.4",)),
+    "rotary": Arm("rotary positions", overrides=("model.encoder.position=rotary",)),
+    "cold_start": Arm("no warm-up", overrides=("model.warmup_steps=0",)),
+}  # fmt: skip
+UNTRAINED = {"untrained": "the same encoder with its first weights", "cnn": "an untrained EfficientNet-B0, at 4 mm"}
 SUPERVISED = {"supervised": "untrained", "supervised_cnn": "cnn"}  # taught all labels, from these first weights
+COURSES = {"supervised": Course(num_steps=600, lr=1e-3), "supervised_cnn": Course(num_steps=100, lr=1e-3, budget=2)}
 BASELINES: dict[str, Callable[[], Describer]] = {"histogram": Histogram, "raw": Raw}
+TRUTH = "truth"
 ABOUT = {
+    TRUTH: "the phantom's own numbers for each tumour: what could be known at best",
     "histogram": "intensities of each sequence, no training", "raw": "principal components of coarse voxels",
     **UNTRAINED, **{name: arm.about for name, arm in PRETRAINED.items()},
     "supervised": "the same encoder, taught all training labels of the clinic",
-    "supervised_cnn": "EfficientNet-B0, taught all training labels of the clinic",
+    "supervised_cnn": "EfficientNet-B0 at 4 mm, taught all training labels of the clinic",
 }  # fmt: skip
-ARMS = (*BASELINES, *UNTRAINED, *PRETRAINED, *SUPERVISED)
+MOST_SEEDS = {TRUTH: 1, "histogram": 1, "raw": 1, "cnn": 2, "supervised_cnn": 2}  # no chance in it, or slow here
+ARMS = (TRUTH, *BASELINES, *UNTRAINED, *PRETRAINED, *SUPERVISED)
+
+
+class CoarseCNN(CNN3D):
+    """A convolutional network that sees every second voxel's worth: a step on 2 mm takes it a minute."""
+
+    def forward(self, patches: Patches) -> tuple[Tensor, Tensor, Tensor]:
+        """See `CNN3D.forward`."""
+        return super().forward(replace(patches, voxels=avg_pool3d(patches.voxels, 2)))
 
 
 def describer(arm: str, seed: int, cohort: Cohort, runs: Path) -> Describer:
     """What an arm makes of an exam; pretrains it where that has not been done.
 
     Args:
-        arm: Of `PRETRAINED`, `UNTRAINED` or `BASELINES`.
+        arm: Of `PRETRAINED`, `ABLATED`, `UNTRAINED` or `BASELINES`.
         seed: Of first weights, views and masks.
         cohort: The exams.
         runs: Folder of the runs.
@@ -74,7 +105,7 @@ def describer(arm: str, seed: int, cohort: Cohort, runs: Path) -> Describer:
         return BASELINES[arm]()
     torch.manual_seed(seed)
     if arm == "cnn":
-        return Encoded(CNN3D("efficientnet_b0", voxel_mm=2.0))
+        return Encoded(CoarseCNN("efficientnet_b0", voxel_mm=SPACING_MM))
     if arm == "untrained":
         return Encoded(encoder_of(compose(RECIPE)))
     recipe = recipe_of(arm, seed, cohort, runs)
@@ -83,7 +114,7 @@ def describer(arm: str, seed: int, cohort: Cohort, runs: Path) -> Describer:
 
 def recipe_of(arm: str, seed: int, cohort: Cohort, runs: Path) -> Recipe:
     """The recipe that pretrains an arm."""
-    own = PRETRAINED[arm]
+    own = {**PRETRAINED, **ABLATED}[arm]
     place = [f"data.corpus={getattr(cohort, own.corpus)}", f"run.dir={runs / f'{arm}_{seed}'}", f"run.seed={seed}"]
     return compose(RECIPE, [*QUIETLY, *own.overrides, *place])
 

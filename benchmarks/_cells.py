@@ -25,10 +25,11 @@ def read_cells(path: Path) -> list[Cell]:
 
 
 def append(path: Path, cells: Iterable[Cell]) -> None:
-    """Adds lines in one write."""
+    """Adds lines in one write, so that several processes may do so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write("".join(json.dumps(cell) + "\n" for cell in cells))
+    lines = "".join(json.dumps(cell, separators=(",", ":")) + "\n" for cell in cells)
+    with path.open("ab", buffering=0) as file:
+        file.write(lines.encode())
 
 
 def frozen_cells(
@@ -37,7 +38,7 @@ def frozen_cells(
 ) -> Iterator[Cell]:  # fmt: skip
     """Every task that these features can answer, under every probe, and its control."""
     for task in TASKS:
-        if task.features == "halves":
+        if task.features == "halves" and "half_a" in features:
             yield from retrieval(task, features, targets)
         elif task.features in features:
             question = question_of(task, features[task.features], targets, places)
@@ -77,7 +78,7 @@ def cell(task: Task, probe: str, num_labels: int, found: Scored) -> Cell:
     """A line of the file."""
     return {
         "task": task.name, "probe": probe, "labels": num_labels, "score": rounded(found.draws.mean()),
-        "draws": rounded(found.draws), "resamples": rounded(found.resamples),
+        "draws": rounded(found.draws), "resamples": rounded(found.resamples, 3),
     }  # fmt: skip
 
 
@@ -91,10 +92,10 @@ def retrieval(task: Task, features: dict[str, Array], targets: pd.DataFrame) -> 
     values = score(task.kind, np.arange(len(similarity)), similarity, weights)
     yield {
         "task": task.name, "probe": "cosine", "labels": 0, "score": rounded(values[0]),
-        "draws": [rounded(values[0])] * NUM_DRAWS, "resamples": rounded(values[1:]),
+        "draws": [rounded(values[0])] * NUM_DRAWS, "resamples": rounded(values[1:], 3),
     }  # fmt: skip
 
 
-def rounded(values: Any) -> Any:
-    """Four digits: the fifth is noise, and the file is read by people."""
-    return np.round(np.asarray(values, dtype=float), 4).tolist()
+def rounded(values: Any, digits: int = 4) -> Any:
+    """The rest is noise, and the file is long enough."""
+    return np.round(np.asarray(values, dtype=float), digits).tolist()

@@ -31,13 +31,14 @@ class Description(NamedTuple):
     by_sequence: Array  # (F,) NaN where a sequence is absent
     together: Array  # (G,) of all that is shown, comparable whatever the sequences
     places: Array | None  # (P, H) of some places, if they were asked for and are known
+    tumour: Array | None  # as `by_sequence`, of the places of the tumour alone, if they were given
 
 
 class Describer(Protocol):
     """Turns one exam (a batch of one) into numbers."""
 
-    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
-        """Of the exam, and of some of its places."""
+    def __call__(self, exams: Exams, places: Array | None = None, tumour: Array | None = None) -> Description:
+        """Of the exam, of some of its places, and of those where its tumour is."""
         ...
 
 
@@ -48,45 +49,59 @@ class Encoded:
         self.encoder = encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
-        """See `Describer`; of a place, the mean over its sequences."""
+    def __call__(self, exams: Exams, places: Array | None = None, tumour: Array | None = None) -> Description:
+        """See `Describer`; of a place, the mean over its sequences; of a tumour, the mean over its places."""
         tokens = self.encoder.forward_features(exams)[0]
         if isinstance(self.encoder, ViT3D):
             entry, place = tokens_of(patch_grid(exams, PATCH))
         else:
             entry, place = here(exams).repeat_interleave(tokens.shape[1] // len(here(exams))), None
         found = [described(tokens[:, entry == one]) for one in here(exams)]
-        of_places = None
+        of_places = of_tumour = None
         if places is not None and place is not None:
             of_places = np.stack([tokens[0, place == one].mean(0).numpy() for one in places.tolist()])
-        return Description(by_sequence(exams, found), described(tokens), of_places)
+        if tumour is not None and place is not None:
+            inside = torch.isin(place, torch.from_numpy(tumour))
+            means = [tokens[0, inside & (entry == one)].mean(0).numpy() for one in here(exams)]
+            of_tumour = by_sequence(exams, means)
+        return Description(by_sequence(exams, found), described(tokens), of_places, of_tumour)
+
 
 class Histogram:
     """Intensities without their places: a histogram of each sequence; of a place, mean, spread and extremes."""
 
-    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
+    def __call__(self, exams: Exams, places: Array | None = None, tumour: Array | None = None) -> Description:
         """See `Describer`."""
         volumes, brain = exams.z_scores()[0], exams.brain[0]
-        shares = [np.histogram(volumes[entry][brain].numpy(), BINS, density=True)[0] for entry in here(exams)]
-        of_places = None
+        shares = [shares_of(volumes[entry][brain]) for entry in here(exams)]
+        of_places = of_tumour = None
         if places is not None:
             voxels = patches_of(exams, places).flatten(2)  # (S, P, voxels)
             spread, mean = torch.std_mean(voxels, -1)
             of_places = by_sequence(exams, torch.stack([mean, spread, voxels.amax(-1), voxels.amin(-1)], -1).numpy())
-        return Description(by_sequence(exams, shares), np.mean(shares, axis=0), of_places)
+        if tumour is not None:
+            of_tumour = by_sequence(exams, [shares_of(voxels) for voxels in patches_of(exams, tumour)])
+        return Description(by_sequence(exams, shares), np.mean(shares, axis=0), of_places, of_tumour)
 
 
 class Raw:
     """Voxels, coarsely. Probes see their principal components."""
 
-    def __call__(self, exams: Exams, places: Array | None = None) -> Description:
+    def __call__(self, exams: Exams, places: Array | None = None, tumour: Array | None = None) -> Description:
         """See `Describer`."""
         x, y, z = (int(n) for n in exams.box[0])
         cells = adaptive_avg_pool3d(exams.z_scores()[0, here(exams), :x, :y, :z], RAW_CELLS).flatten(1).numpy()
-        of_places = None
+        of_places = of_tumour = None
         if places is not None:
             of_places = by_sequence(exams, avg_pool3d(patches_of(exams, places), 2).flatten(2).numpy())
-        return Description(by_sequence(exams, cells), cells.mean(0), of_places)
+        if tumour is not None:
+            of_tumour = by_sequence(exams, avg_pool3d(patches_of(exams, tumour), 2).mean(1).flatten(1).numpy())
+        return Description(by_sequence(exams, cells), cells.mean(0), of_places, of_tumour)
+
+
+def shares_of(voxels: Tensor) -> Array:
+    """Densities of z-scores."""
+    return np.histogram(voxels.numpy(), BINS, density=True)[0]
 
 
 def described(tokens: Tensor) -> Array:

@@ -15,11 +15,13 @@ from _inputs import Shown
 from sklearn.decomposition import PCA
 
 Array = npt.NDArray[Any]
+TRAITS = ("healthy", "radius_mm", "rim_mm", "necrosis", "enhancement", "irregularity", "patchiness", "oedema_mm",
+          "oedema_edge_mm", "mass", "frontal")  # fmt: skip
 MANY, NUM_COMPONENTS = 2048, 128  # of more features than MANY, so many principal components stand for them
 
 
 def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> dict[str, Array]:
-    """Features by the name that tasks call them: `whole`, `alone`, `half_a`, `half_b`, `lesion`, `flair`.
+    """Features by the name that tasks call them: `whole`, `alone`, `half_a`, `half_b`, `lesion`, `flair`, `tumour`.
 
     Args:
         describer: Of one exam.
@@ -38,11 +40,11 @@ def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> d
 
 def shown_all_ways(describer: Describer, exam: Shown) -> dict[str, Array | None]:
     """One exam, shown in every way."""
-    whole, alone = describer(exam.whole, exam.places), describer(exam.alone)
+    whole, alone = describer(exam.whole, exam.places, exam.tumour), describer(exam.alone)
     half_a, half_b = (None, None) if exam.halves is None else (describer(half).together for half in exam.halves)
     return {
         "whole": whole.by_sequence, "lesion": whole.places, "half_a": half_a, "half_b": half_b, "alone": alone.together,
-        "flair": None if exam.t1 is None else describer(exam.t1, exam.places).places,
+        "flair": None if exam.t1 is None else describer(exam.t1, exam.places).places, "tumour": whole.tumour,
     }  # fmt: skip
 
 
@@ -73,6 +75,11 @@ def reduced(x: Array, train: Array) -> Array:
     out = np.full((len(x), num), np.nan, np.float32)
     out[known] = pca.transform(x[known])
     return out
+
+
+def traits_of(truth: pd.DataFrame, train: Array) -> dict[str, Array]:
+    """The phantom's own numbers for each tumour, as features (N, F): what could be known at best."""
+    return {"whole": completed(truth[list(TRAITS)].to_numpy(dtype=np.float32), train)}
 
 
 def targets_of(exams: Sequence[Shown], truth: pd.DataFrame) -> pd.DataFrame:
@@ -113,5 +120,3 @@ def load(path: Path) -> dict[str, Array]:
     """What `save` wrote."""
     with np.load(path) as found:
         return dict(found)
-
-

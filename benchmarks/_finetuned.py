@@ -1,4 +1,5 @@
-"""The fine-tuned cells of `learn.py`: encoders go on learning from a few labelled exams, the same way for every arm."""
+"""The cells of `learn.py` that train networks: encoders go on learning from a few labels, the same way for every arm,
+and some are taught all that there are."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import torch
 from _cells import Cell, cell, question_of
 from _inputs import Shown
 from _probes import Question, draws, scored
@@ -18,7 +18,6 @@ from _tasks import TASKS
 from umbif.corpus.shards import Corpus
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.vit import ViT3D
-from umbif.progress import track
 
 Array = npt.NDArray[Any]
 FINETUNED = tuple(task for task in TASKS if task.name in ("lesion volume", "idh"))
@@ -54,15 +53,23 @@ def finetuned(
     labelled: Array, seed: int, course: Course,
 ) -> Array:  # fmt: skip
     """What an encoder says of the test exams that has gone on learning from the labelled ones."""
-    rows = np.array([exams[i].row for i in labelled])
-    known = targets.iloc[labelled].reset_index(drop=True)
-    model = teach(copy.deepcopy(encoder), corpus, rows, known, seed, course, [question.task])
+    start = [exams[i] for i in labelled]
+    rows, known = np.array([exam.row for exam in start]), targets.iloc[labelled].reset_index(drop=True)
+    model = teach(copy.deepcopy(encoder), corpus, rows, known, seed, course, [question.task], start)
     asked = question.exam[question.is_test[question.exam]]
-    return answers_of(model, [exams[i] for i in asked])
+    return model.answers([exams[i] for i in asked])[0]
 
 
-@torch.no_grad()
-def answers_of(model: Taught, exams: Sequence[Shown]) -> Array:
-    """Of a model with one task, for each exam."""
-    outputs = torch.stack([model(exam.whole)[0, 0] for exam in track(exams, "Asking", len(exams))])
-    return (outputs * model.spread[0] + model.center[0]).numpy()
+def taught_cells(model: Taught, exams: Sequence[Shown], targets: pd.DataFrame) -> Iterator[Cell]:
+    """What a network says itself of the test exams that was taught all the others; its number of labels stands as 0.
+
+    Args:
+        model: The network.
+        exams: Of the clinic.
+        targets: What is asked about each of them.
+    """
+    asked = np.flatnonzero(targets["test"])
+    for task, answers in zip(model.tasks, model.answers([exams[i] for i in asked]), strict=True):
+        question = question_of(task, np.empty((len(targets), 0)), targets, {})
+        known = np.isin(asked, question.exam)
+        yield cell(task, "taught", 0, scored(question, [answers[known]]))

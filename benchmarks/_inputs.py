@@ -42,6 +42,7 @@ class Shown:
     position_mm: Array  # (≤ NUM_PLACES, 3)
     is_lesion: Array  # (≤ NUM_PLACES,) bool
     flair: Array | None  # (≤ NUM_PLACES, 8) coarse voxels
+    tumour: Array | None  # places of the tumour, all of them; None for a healthy exam
 
 
 def read(corpus: Corpus, rows: Array) -> Iterator[Shown]:
@@ -70,6 +71,7 @@ def shown(corpus: Corpus, exams: Exams, row: int) -> Shown:
         lesion_voxels=round(float(lesion.sum()) * PATCH**3), places=places,
         position_mm=grid.position_mm[0, torch.from_numpy(places)].numpy(), is_lesion=lesion[places] > MIN_LESION,
         flair=coarse(exams, grid, entry_of(exams, FLAIR), places) if {T1, FLAIR} <= here else None,
+        tumour=tumour_places(lesion, any_brain),
     )  # fmt: skip
 
 
@@ -101,6 +103,13 @@ def asked_places(rng: np.random.Generator, places: Array, lesion: Array) -> Arra
                                                                       lesion[places] <= MIN_LESION))  # fmt: skip
     within = within[: NUM_PLACES // 2]
     return np.sort(np.concatenate([within, without[: NUM_PLACES - len(within)]]))
+
+
+def tumour_places(lesion: Array, places: Array) -> Array | None:
+    """Where much of a patch is lesion; of a small lesion, where most of it is."""
+    share = lesion[places]
+    within = places[share > MIN_LESION] if share.max() > MIN_LESION else places[[share.argmax()]]
+    return within if share.any() else None
 
 
 def coarse(exams: Exams, grid: PatchGrid, entry: int, places: Array) -> Array:

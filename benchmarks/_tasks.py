@@ -30,7 +30,7 @@ class Task:
     name: str
     asks: str
     kind: Kind
-    features: Literal["whole", "alone", "lesion", "flair", "halves"]
+    features: Literal["whole", "alone", "lesion", "flair", "halves", "tumour"]
     target: str
     is_trivial: bool = False
 
@@ -49,6 +49,10 @@ TASKS = (
     Task("progression", "Hidden biomarker, strong", "binary", "whole", "progression"),
     Task("lesion patches", "Is this patch tumour?", "binary", "lesion", "is_lesion"),
     Task("flair from t1", "What does FLAIR show here, from T1 alone?", "number", "flair", "flair"),
+    Task("enhancing, place known", "The tumour's own patches are asked", "binary", "tumour", "enhancing"),
+    Task("idh, place known", "The tumour's own patches are asked", "binary", "tumour", "idh"),
+    Task("codeletion, place known", "The tumour's own patches are asked", "binary", "tumour", "codeletion"),
+    Task("progression, place known", "The tumour's own patches are asked", "binary", "tumour", "progression"),
     Task("retrieval", "Which exam do these other sequences belong to?", "pairs", "halves", ""),
 )  # fmt: skip
 METRIC = {"classes": "accuracy", "binary": "AUC", "number": "R²", "pairs": "rank"}

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _arms import ABOUT, ARMS
+from _arms import ABLATED, ABOUT, ARMS, SUPERVISED, TRUTH
 from _cells import NUM_LABELS, read_cells
 from _cohort import FULL
 from _evidence import (
@@ -32,31 +32,32 @@ from _evidence_figures import draw_gains, draw_labels, draw_scores
 from _features import MANY, NUM_COMPONENTS
 from _finetuned import COURSE, FINETUNED, NUM_DRAWS
 from _finetuned import NUM_LABELS as NUM_TUNED
+from _supervised import LEARNT
 from _tasks import METRIC, TASKS
 
 from umbif.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "learn.jsonl"
+RESULTS = Path(__file__).parent / "results"
 TEMPLATE = Path(__file__).parent / "_evidence.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description="Writes docs/evidence.md from the results of learn.py")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of learn.jsonl and ablation.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args(argv)
-    cells = Cells(read_cells(args.results))
+    cells, ablated = (Cells(read_cells(args.results / name)) for name in ("learn.jsonl", "ablation.jsonl"))
     (args.docs / "figures").mkdir(parents=True, exist_ok=True)
     draw_scores(cells).savefig(args.docs / "figures" / "evidence_scores.svg")
     draw_gains(cells).savefig(args.docs / "figures" / "evidence_gains.svg")
     draw_labels(cells).savefig(args.docs / "figures" / "evidence_labels.svg")
-    (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts_of(cells)))
+    (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts_of(cells, ablated)))
     print(verdict(cells))
 
 
-def parts_of(cells: Cells) -> dict[str, str]:
+def parts_of(cells: Cells, ablated: Cells) -> dict[str, str]:
     """What the page's braces stand for."""
     missed, num, (low, high) = null_cells(cells)
     seen, unseen = overlap(cells)
@@ -66,11 +67,13 @@ def parts_of(cells: Cells) -> dict[str, str]:
         "scores": table(scores(cells)),
         "gains": table(gains_of(cells)),
         "finetuned": table(finetuned(cells)),
+        "bounds": table(bounds(cells)),
+        "ablations": table(ablations(ablated)),
         "knn": table(scores(cells, probe="knn")),
         "labels": table(by_labels(cells)),
         "null": f"{missed} of {num} intervals miss one half; with 5% to be expected, {low} to {high} would.",
         "overlap": f"{seen:.2f} where their first one was labelled, {unseen:.2f} where as many of others were",
-        "runs": table(runs(cells)),
+        "runs": table(runs(cells, ablated)),
         "smallest": f"{SMALLEST_GAIN:.2f}", "num_labels": str(PRIMARY_LABELS), "unlabelled": str(FULL.unlabelled),
         "num_tuned": str(NUM_TUNED), "num_draws": str(NUM_DRAWS), "num_steps": str(COURSE.num_steps),
         "many": str(MANY), "components": str(NUM_COMPONENTS),
@@ -120,10 +123,36 @@ def finetuned(cells: Cells) -> Iterator[list[str]]:
         yield [task.name, METRIC[task.kind], *map(told, found)]
 
 
-def runs(cells: Cells) -> Iterator[list[str]]:
+def bounds(cells: Cells) -> Iterator[list[str]]:
+    """What could be known at best, and what is learnt from all labels without pretraining."""
+    yield ["task", "", f"`{TRUTH}`", *(f"`{arm}`" for arm in SUPERVISED), f"`{HYBRID}`"]
+    for task in LEARNT:
+        known = mean(cells, TRUTH, task.name, *probe_of(task.name))
+        taught = [mean(cells, arm, task.name, "taught", 0) for arm in SUPERVISED]
+        most = mean(cells, HYBRID, task.name, "linear", NUM_LABELS[-1])
+        yield [task.name, METRIC[task.kind], *map(number, (known, *taught, most))]
+
+
+def ablations(cells: Cells) -> Iterator[list[str]]:
+    """What the hybrid gains or loses when one part of it is changed."""
+    yield ["", *(task.name for task in TASKS)]
+    yield ["the recipe", *(number(mean(cells, HYBRID, task.name, *probe_of(task.name))) for task in TASKS)]
+    for arm in [arm for arm in ABLATED if arm in cells.arms]:
+        changes = [difference(cells, arm, HYBRID, task.name, *probe_of(task.name)) for task in TASKS]
+        yield [ABLATED[arm].about, *map(change, changes)]
+
+
+def change(of: Estimate | None) -> str:
+    """A difference, in bold where its interval does not hold zero."""
+    if of is None:
+        return "–"
+    return f"**{of.value:+.2f}**" if of.low > 0 or of.high < 0 else f"{of.value:+.2f}"
+
+
+def runs(*results: Cells) -> Iterator[list[str]]:
     """Where the numbers come from."""
     yield ["arm", "seed", "minutes", "commit", "hardware"]
-    for run in cells.runs:
+    for run in (run for cells in results for run in cells.runs):
         yield [f"`{run['arm']}`", str(run["seed"]), f"{run['minutes']:.0f}", str(run["commit"]), run["hardware"]]
 
 

@@ -2,6 +2,8 @@
 
     python benchmarks/learn.py                   goes on where it stopped
     python benchmarks/learn.py --minutes 60      begins no further arm after an hour
+    python benchmarks/learn.py --arms mae umbif  these alone: a second process may do others meanwhile
+    python benchmarks/learn.py --ablate          the hybrid with one part changed at a time, on seeds of its own
     python benchmarks/learn.py --develop         for tuning: judges by training people alone, in a file of its own
     python benchmarks/learn.py --quick           a check of the machinery in about three minutes
 
@@ -15,28 +17,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 import torch
-from _arms import ARMS, BASELINES, PRETRAINED, SUPERVISED, describer
-from _cells import Cell, append, frozen_cells, read_cells
+from _arms import ABLATED, ARMS, COURSES, MOST_SEEDS, PRETRAINED, SUPERVISED, TRUTH, describer
+from _cells import NUM_LABELS, Cell, append, frozen_cells, read_cells
 from _cohort import FULL, Cohort, make_cohort
 from _describe import Describer, Encoded
-from _features import Array, features_of, load, places_of, save, targets_of
-from _finetuned import finetuned_cells
+from _evidence import PRIMARY_LABELS
+from _features import Array, features_of, load, places_of, save, targets_of, traits_of
+from _finetuned import finetuned_cells, taught_cells
 from _inputs import Shown, read
 from _quick import quick_cells, told
 from _report import commit, hardware
-from _supervised import UPPER_BOUND, teach
+from _supervised import Course, Taught, teach
 
 from umbif.corpus.shards import Corpus
 from umbif.progress import console, track
 from umbif.quiet import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results" / "learn.jsonl"
-NUM_SEEDS, DEVELOPMENT_SEED = 5, 100  # what is tuned on some seeds is judged on others
+RESULTS = Path(__file__).parent / "results"
+CACHE_BYTES = 3 * 2**30  # of decoded exams of the clinic
+
+
+class Plan(NamedTuple):
+    """What is to be done. What is tuned on some seeds is judged on others."""
+
+    results: Path
+    arms: Sequence[str]
+    seeds: Sequence[int]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """As the command line asks."""
+        if args.develop:
+            plan = cls(args.folder / "develop.jsonl", ARMS, range(100, 105))
+        elif args.ablate:
+            plan = cls(RESULTS / "ablation.jsonl", ("umbif", *ABLATED), range(10, 12))
+        else:
+            plan = cls(RESULTS / "learn.jsonl", ARMS, range(5))
+        return plan._replace(arms=args.arms or plan.arms, seeds=args.seeds or plan.seeds)
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Every arm with every seed that has not been finished, seed by seed; some arms have few."""
+        done = {(cell["arm"], cell["seed"]) for cell in read_cells(self.results)}
+        seeds = {arm: self.seeds[: MOST_SEEDS.get(arm)] for arm in self.arms}
+        return [(arm, s) for s in self.seeds for arm in self.arms if s in seeds[arm] and (arm, s) not in done]
 
 
 @dataclass
@@ -44,7 +73,8 @@ class Bench:
     """The clinic, read once, and where features and runs are kept."""
 
     folder: Path
-    develop: bool  # on training people alone
+    develop: bool = False  # on training people alone
+    ablate: bool = False  # frozen alone, with as many labels as the primary comparisons have
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -77,30 +107,45 @@ class Bench:
         """What is asked about their places."""
         return places_of(self.exams)
 
-    def features(self, arm: str, seed: int) -> dict[str, Array]:
-        """Of every exam of the clinic."""
-        path = self.folder / ("features_develop" if self.develop else "features") / f"{arm}_{seed}.npz"
-        if not path.exists():
-            save(path, features_of(self.describer(arm, seed), self.exams, ~self.targets["test"].to_numpy()))
-        return load(path)
+    @cached_property
+    def clinic(self) -> Corpus:
+        """To learn from."""
+        return Corpus(self.cohort.clinic, CACHE_BYTES)
 
-    def describer(self, arm: str, seed: int) -> Describer:
-        """What an arm makes of an exam; trains it where that has not been done."""
-        found = describer(SUPERVISED.get(arm, arm), seed, self.cohort, self.folder / "runs")
-        if isinstance(found, Encoded) and arm in SUPERVISED:
-            taught = np.flatnonzero(~self.targets["test"])
-            targets = self.targets.iloc[taught].reset_index(drop=True)
-            teach(found.encoder, Corpus(self.cohort.clinic), self.rows[taught], targets, seed, UPPER_BOUND)
-            found = Encoded(found.encoder)
-        return found
+    @property
+    def train(self) -> Array:
+        """(exams,) bool: whose labels may be learnt from."""
+        return ~self.targets["test"].to_numpy()
 
     def cells(self, arm: str, seed: int) -> Iterator[Cell]:
-        """Frozen, and for a transformer fine-tuned too."""
-        yield from frozen_cells(self.features(arm, seed), self.targets, self.places, seed)
-        if arm in ("untrained", *PRETRAINED):
-            encoded, corpus = self.describer(arm, seed), Corpus(self.cohort.clinic)
-            assert isinstance(encoded, Encoded)
-            yield from finetuned_cells(encoded.encoder, corpus, self.exams, self.targets, seed)
+        """Frozen ones of every arm; of transformers fine-tuned ones; of taught networks their own answers."""
+        if arm == TRUTH:
+            features = traits_of(self.cohort.truth.iloc[self.rows], self.train)
+            yield from frozen_cells(features, self.targets, self.places, seed)
+            return
+        found = describer(SUPERVISED.get(arm, arm), seed, self.cohort, self.folder / "runs")
+        if arm in SUPERVISED:
+            assert isinstance(found, Encoded)
+            model = self.taught(found, seed, COURSES[arm])
+            found = Encoded(model.encoder)
+            yield from taught_cells(model, self.exams, self.targets)
+        num_labels = [PRIMARY_LABELS] if self.ablate else NUM_LABELS
+        yield from frozen_cells(self.features(found, f"{arm}_{seed}"), self.targets, self.places, seed, num_labels)
+        if arm in ("untrained", *PRETRAINED) and not self.ablate:
+            assert isinstance(found, Encoded)
+            yield from finetuned_cells(found.encoder, self.clinic, self.exams, self.targets, seed)
+
+    def features(self, found: Describer, name: str) -> dict[str, Array]:
+        """Of every exam of the clinic, kept under a name."""
+        path = self.folder / ("features_develop" if self.develop else "features") / f"{name}.npz"
+        if not path.exists():
+            save(path, features_of(found, self.exams, self.train))
+        return load(path)
+
+    def taught(self, encoded: Encoded, seed: int, course: Course) -> Taught:
+        """All labels of the training people."""
+        rows, targets = self.rows[self.train], self.targets[self.train].reset_index(drop=True)
+        return teach(encoded.encoder, self.clinic, rows, targets, seed, course)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -111,16 +156,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick:
         told(quick_cells(args.folder / "quick"))
         return
-    bench = Bench(args.folder, args.develop)
-    results = args.folder / "develop.jsonl" if args.develop else RESULTS
+    bench, plan = Bench(args.folder, args.develop, args.ablate), Plan.of(args)
     begun = time.monotonic()
-    done = {(cell["arm"], cell["seed"]) for cell in read_cells(results)}
-    for arm, seed in [work for work in works(args.arms, args.seeds) if work not in done]:
+    for arm, seed in plan.missing():
         if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
             console.print("The time is up. The same command goes on.")
             return
         console.print(f"{arm}, seed {seed}")
-        append(results, cells_of(bench, arm, seed))
+        append(plan.results, cells_of(bench, arm, seed))
     console.print("All is done. Tables and figures:  python benchmarks/evidence.py")
 
 
@@ -128,20 +171,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Does pretraining help?")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "learn", help="exams, runs and features")
-    parser.add_argument("--develop", action="store_true", help="judge by training people alone: for tuning")
-    parser.add_argument("--quick", action="store_true", help="few exams, one question: does the machinery learn?")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--develop", action="store_true", help="judge by training people alone: for tuning")
+    kind.add_argument("--ablate", action="store_true", help="change one part of the hybrid at a time")
+    kind.add_argument("--quick", action="store_true", help="few exams, one question: does the machinery learn?")
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, and in development 100 to 104")
-    args = parser.parse_args(argv)
-    first = DEVELOPMENT_SEED if args.develop else 0
-    args.seeds = args.seeds or [*range(first, first + NUM_SEEDS)]
-    return args
-
-
-def works(arms: Sequence[str], seeds: Sequence[int]) -> list[tuple[str, int]]:
-    """Every arm with every seed, seed by seed; what has no chance in it once."""
-    return [(arm, seed) for seed in seeds for arm in arms if arm not in BASELINES or seed == seeds[0]]
+    known = (*ARMS, *ABLATED)
+    parser.add_argument("--arms", nargs="+", choices=known, metavar="ARM", help=", ".join(known))
+    parser.add_argument("--seeds", nargs="+", type=int, help="of pretraining")
+    return parser.parse_args(argv)
 
 
 def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:

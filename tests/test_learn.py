@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
 from small import small_umbif
 
@@ -178,6 +179,49 @@ def test_an_exam_is_described_sequence_by_sequence(bench, corpus):
     assert own.places[3] == pytest.approx(tokens[place == exam.places[3]].mean(0).detach().numpy(), abs=1e-5)
 
 
+def test_a_tumour_is_described_by_its_own_places(bench, corpus):
+    describe, inputs = bench("_describe"), bench("_inputs")
+    exams = list(inputs.read(corpus, np.arange(len(corpus))))
+    ill = [exam for exam in exams if exam.tumour is not None]
+    assert [corpus.exams["subject"][exam.row] for exam in ill] == ["P1", "P4"]
+    exam, encoder = ill[0], small_umbif().encoder
+    assert set(exam.places[exam.is_lesion]) <= set(exam.tumour)
+    for describer in (describe.Encoded(encoder), describe.Histogram(), describe.Raw()):
+        assert describer(exam.whole).tumour is None
+        assert np.isfinite(describer(exam.whole, tumour=exam.tumour).tumour).any()
+    tokens = encoder.forward_features(exam.whole)[0][0]
+    entry, place = inputs.tokens_of(patch_grid(exam.whole, inputs.PATCH))
+    inside = (entry == 0) & torch.isin(place, torch.from_numpy(exam.tumour))
+    found = describe.Encoded(encoder)(exam.whole, tumour=exam.tumour).tumour.reshape(5, -1)
+    slot = ("t1", "t1ce", "t2", "flair").index(SEQUENCES[int(exam.whole.sequence[0, 0])])
+    assert found[slot] == pytest.approx(tokens[inside].mean(0).detach().numpy(), abs=1e-5)
+
+
+def test_truth_is_the_lesions_own_numbers_and_tells_who_is_ill(bench):
+    numbers = {name: [1.0, np.nan, 3.0] for name in bench("_features").TRAITS}
+    truth = pd.DataFrame({**numbers, "healthy": [False, True, False], "age": [40, 50, 60]})
+    found = bench("_features").traits_of(truth, np.array([True, True, True]))["whole"]
+    assert found[:, 0].tolist() == [0, 1, 0]
+    assert found[:, 1:].tolist() == [[1.0] * 10, [2.0] * 10, [3.0] * 10]
+
+
+def test_a_taught_network_answers_all_that_it_was_taught(bench, corpus):
+    rows, supervised = np.arange(len(corpus)), bench("_supervised")
+    exams = list(bench("_inputs").read(corpus, rows))
+    about = {task.target: rows // 2 % 2 for task in supervised.LEARNT}
+    targets = pd.DataFrame({"person": rows, "test": rows % 2 == 1, **about, "age": 50.0 + rows})
+    course = supervised.Course(num_steps=40, lr=3e-3)
+    model = supervised.teach(small_umbif().encoder, corpus, rows, targets, 0, course)
+    with np.errstate(divide="ignore"):
+        cells = list(bench("_finetuned").taught_cells(model, exams, targets))
+    assert [(cell["task"], cell["probe"], cell["labels"]) for cell in cells] == [
+        (task.name, "taught", 0) for task in supervised.LEARNT
+    ]
+    scores = {cell["task"]: cell["score"] for cell in cells}
+    assert scores["idh"] == scores["lesion"] == 1.0
+    assert scores["age"] > 0.5
+
+
 def test_a_finetuned_encoder_learns_its_labels_in_their_units_and_the_given_one_stays(bench, corpus):
     tuned, rows = bench("_finetuned"), np.arange(len(corpus))
     exams = list(bench("_inputs").read(corpus, rows))
@@ -202,7 +246,7 @@ def test_a_finetuned_encoder_learns_its_labels_in_their_units_and_the_given_one_
 
 @pytest.mark.parametrize(("gain", "said"), [(0.10, "on 11 of 11 tasks"), (0.03, "on 0 of 11 tasks")])
 def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
-    rng, results = np.random.default_rng(0), tmp_path / "learn.jsonl"
+    rng = np.random.default_rng(0)
     arms = ("histogram", "untrained", "mae", "contrast", "placebo")
     cells = [
         {"arm": arm, "seed": seed, "task": task.name, "probe": probe, "labels": num, "score": level,
@@ -212,11 +256,25 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
         for arm, level in ((arm, 0.6 + gain * (arm == "umbif")) for arm in (*arms, "umbif")) for seed in range(3)
     ]  # fmt: skip
     source = {"arm": "umbif", "seed": 0, "commit": "0123abc", "hardware": "a CPU", "minutes": 2.0}
-    bench("_cells").append(results, [*cells, source])
-    bench("evidence").main(["--results", str(results), "--docs", str(tmp_path)])
+    bench("_cells").append(tmp_path / "learn.jsonl", [*cells, source])
+    other = [{**cell, "arm": "heavy", "score": cell["score"] - 0.2} for cell in cells if cell["arm"] == "umbif"]
+    lower = [{**cell, "resamples": [value - 0.2 for value in cell["resamples"]]} for cell in other]
+    bench("_cells").append(tmp_path / "ablation.jsonl", [*cells, *lower])
+    bench("evidence").main(["--results", str(tmp_path), "--docs", str(tmp_path)])
     page = (tmp_path / "evidence.md").read_text()
+    assert f"| contrast weight .03 | {' | '.join(['**-0.20**'] * len(bench('_tasks').TASKS))} |" in page
     assert said in page
     assert ("**not met**" in page) == (gain < 0.05)
     assert "0123abc" in page
     assert "{" not in page
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
+
+
+def test_work_that_is_done_is_not_done_again_and_seeds_come_one_after_the_other(bench, tmp_path):
+    learn = bench("learn")
+    asked = ["--develop", "--folder", str(tmp_path), "--arms", "raw", "cnn", "mae", "--seeds", "7", "8", "9"]
+    plan = learn.Plan.of(learn.arguments(asked))
+    bench("_cells").append(plan.results, [{"arm": "cnn", "seed": 7, "task": "idh"}, {"arm": "mae", "seed": 8}])
+    assert plan.missing() == [("raw", 7), ("mae", 7), ("cnn", 8), ("mae", 9)]
+    assert list(learn.Plan.of(learn.arguments(["--ablate"])).seeds) == [10, 11]  # of its own
+    assert list(learn.Plan.of(learn.arguments([])).seeds) == [0, 1, 2, 3, 4]
