@@ -278,3 +278,9 @@ def test_work_that_is_done_is_not_done_again_and_seeds_come_one_after_the_other(
     assert plan.missing() == [("raw", 7), ("mae", 7), ("cnn", 8), ("mae", 9)]
     assert list(learn.Plan.of(learn.arguments(["--ablate"])).seeds) == [10, 11]  # of its own
     assert list(learn.Plan.of(learn.arguments([])).seeds) == [0, 1, 2, 3, 4]
+
+
+def test_a_short_pretraining_tells_the_families_of_contrast_apart_better_than_none(bench, tmp_path):
+    quick = bench("_quick")
+    untrained, hybrid = (cell["score"] for cell in quick.quick_cells(tmp_path))
+    assert hybrid - untrained >= quick.EXPECTED_GAIN

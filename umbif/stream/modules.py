@@ -23,6 +23,11 @@ from umbif.stream.order import Triple, slots_of_rank
 log = logging.getLogger("umbif")
 PREFETCHED = 2  # batches of each worker that wait
 MEMORY_SHARE = 0.6  # of what is free, for batches on the way
+AT_LEAST = {
+    "num_views": 1, "max_sequences": 1, "exams_per_place": 0, "global_batch_size": 1, "num_workers": 0, "cache_gib": 0,
+    "num_val_exams": 0, "seed": 0,
+}  # fmt: skip
+SHARES = ("disjoint_share", "keep_probability")
 VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
 
 
@@ -63,6 +68,9 @@ class PretrainData(pl.LightningDataModule):
         cache_gib: Decoded volumes that each of these keeps in memory, for a corpus that fits.
         num_val_exams: Held-out exams whose losses are logged.
         seed: Of order and views.
+
+    Raises:
+        UsageError: Numbers that mean nothing; all of them are named.
     """
 
     def __init__(
@@ -82,13 +90,15 @@ class PretrainData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.corpus = Corpus(corpus, cache_gib * 2**30)
-        self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
-        self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
         self.policy: dict[str, Any] = {
             "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
             "max_sequences": max_sequences, "exams_per_place": exams_per_place, "around_tumour": around_tumour,
         }  # fmt: skip
+        numbers = {"global_batch_size": global_batch_size, "num_workers": num_workers, "cache_gib": cache_gib}
+        refuse_impossible({**self.policy, **numbers, "num_val_exams": num_val_exams, "seed": seed})
+        self.corpus = Corpus(corpus, cache_gib * 2**30)
+        self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
+        self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
         self.position = Position(seed)
 
     def train_dataloader(self) -> DataLoader[Exams]:
@@ -132,6 +142,24 @@ class PretrainData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
         self.position.restore(state_dict, self.corpus)
+
+
+def refuse_impossible(settings: dict[str, Any]) -> None:
+    """Refuses numbers of a recipe's `data` that mean nothing.
+
+    Raises:
+        UsageError: Names all of them.
+    """
+    few = [
+        Problem(f"data.{name} must be {least} or more", f"{settings[name]:g}")
+        for name, least in AT_LEAST.items() if settings[name] is not None and settings[name] < least
+    ]  # fmt: skip
+    odd = [
+        Problem(f"data.{name} is a share between 0 and 1", f"{settings[name]:g}")
+        for name in SHARES if not 0 <= settings[name] <= 1
+    ]  # fmt: skip
+    if few or odd:
+        raise UsageError([*few, *odd], "the recipe")
 
 
 class SlotBatches:
