@@ -4,6 +4,7 @@
     python benchmarks/learn.py --minutes 60      begins no further arm after an hour
     python benchmarks/learn.py --arms mae umbif  these alone: a second process may do others meanwhile
     python benchmarks/learn.py --ablate          the hybrid with one part changed at a time, on seeds of its own
+    python benchmarks/learn.py --verify --arms umbif --seeds 0 --folder NEW   does them once more and compares
     python benchmarks/learn.py --develop         for tuning: judges by training people alone, in a file of its own
     python benchmarks/learn.py --quick           a check of the machinery in about three minutes
 
@@ -26,7 +27,7 @@ from _arms import ABLATED, ARMS, COURSES, MOST_SEEDS, PRETRAINED, SUPERVISED, TR
 from _cells import NUM_LABELS, Cell, append, frozen_cells, read_cells
 from _cohort import FULL, Cohort, make_cohort
 from _describe import Describer, Encoded
-from _evidence import PRIMARY_LABELS
+from _evidence import PRIMARY_LABELS, Cells
 from _features import Array, features_of, load, places_of, save, targets_of, traits_of
 from _finetuned import finetuned_cells, taught_cells
 from _inputs import Shown, read
@@ -63,11 +64,12 @@ class Plan(NamedTuple):
             plan = cls(RESULTS / "learn.jsonl", ARMS, SEEDS)
         return plan._replace(arms=args.arms or plan.arms, seeds=args.seeds or plan.seeds)
 
-    def missing(self) -> list[tuple[str, int]]:
-        """Every arm with every seed that has not been finished, seed by seed; some arms have few."""
+    def works(self, *, finished: bool = False) -> list[tuple[str, int]]:
+        """Every arm with every seed that is missing, or `finished`, seed by seed; some arms have few."""
         done = {(cell["arm"], cell["seed"]) for cell in read_cells(self.results)}
         seeds = {arm: self.seeds[: MOST_SEEDS.get(arm)] for arm in self.arms}
-        return [(arm, s) for s in self.seeds for arm in self.arms if s in seeds[arm] and (arm, s) not in done]
+        every = [(arm, seed) for seed in self.seeds for arm in self.arms if seed in seeds[arm]]
+        return [work for work in every if (work in done) == finished]
 
 
 @dataclass
@@ -160,7 +162,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     bench, plan = Bench(args.folder, args.develop, args.ablate), Plan.of(args)
     begun = time.monotonic()
-    for arm, seed in plan.missing():
+    if args.verify:
+        verify(bench, plan)
+        return
+    for arm, seed in plan.works():
         if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
             console.print("The time is up. The same command goes on.")
             return
@@ -177,11 +182,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     kind.add_argument("--develop", action="store_true", help="judge by training people alone: for tuning")
     kind.add_argument("--ablate", action="store_true", help="change one part of the hybrid at a time")
     kind.add_argument("--quick", action="store_true", help="few exams, one question: does the machinery learn?")
+    parser.add_argument("--verify", action="store_true", help="do what is finished once more, and compare")
     parser.add_argument("--minutes", type=float)
     known = (*ARMS, *ABLATED)
     parser.add_argument("--arms", nargs="+", choices=known, metavar="ARM", help=", ".join(known))
     parser.add_argument("--seeds", nargs="+", type=int, help="of pretraining")
     return parser.parse_args(argv)
+
+
+def verify(bench: Bench, plan: Plan) -> None:
+    """Says how far scores are from those of the file when everything is done once more."""
+    known = Cells(read_cells(plan.results)).by_key
+    for arm, seed in plan.works(finished=True):
+        again = Cells(cells_of(bench, arm, seed)).by_key
+        apart = [abs(cell["score"] - known[key]["score"]) for key, cell in again.items()]
+        same = f"{apart.count(0)} of {len(apart)} the same"
+        console.print(f"{arm}, seed {seed}: {same}, the largest difference {max(apart):g}")
 
 
 def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:

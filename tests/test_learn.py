@@ -4,6 +4,7 @@ import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -275,7 +276,8 @@ def test_work_that_is_done_is_not_done_again_and_seeds_come_one_after_the_other(
     asked = ["--develop", "--folder", str(tmp_path), "--arms", "raw", "cnn", "mae", "--seeds", "7", "8", "9"]
     plan = learn.Plan.of(learn.arguments(asked))
     bench("_cells").append(plan.results, [{"arm": "cnn", "seed": 7, "task": "idh"}, {"arm": "mae", "seed": 8}])
-    assert plan.missing() == [("raw", 7), ("mae", 7), ("cnn", 8), ("mae", 9)]
+    assert plan.works() == [("raw", 7), ("mae", 7), ("cnn", 8), ("mae", 9)]
+    assert plan.works(finished=True) == [("cnn", 7), ("mae", 8)]
     assert list(learn.Plan.of(learn.arguments(["--ablate"])).seeds) == [10, 11]  # of its own
     assert list(learn.Plan.of(learn.arguments([])).seeds) == [0, 1, 2, 3, 4]
 
@@ -284,3 +286,13 @@ def test_a_short_pretraining_tells_the_families_of_contrast_apart_better_than_no
     quick = bench("_quick")
     untrained, hybrid = (cell["score"] for cell in quick.quick_cells(tmp_path))
     assert hybrid - untrained >= quick.EXPECTED_GAIN
+
+
+def test_what_is_done_once_more_is_compared_with_the_file(bench, tmp_path, capsys):
+    learn, key = bench("learn"), {"task": "idh", "probe": "linear"}
+    plan = learn.Plan.of(learn.arguments(["--develop", "--folder", str(tmp_path), "--arms", "mae", "--seeds", "3"]))
+    known = [{"arm": "mae", "seed": 3, **key, "labels": num, "score": score} for num, score in ((16, 0.6), (64, 0.75))]
+    bench("_cells").append(plan.results, known)
+    again = Mock(cells=lambda *_: iter([{**key, "labels": 16, "score": 0.6}, {**key, "labels": 64, "score": 0.5}]))
+    learn.verify(again, plan)
+    assert "mae, seed 3: 1 of 2 the same, the largest difference 0.25" in capsys.readouterr().out
