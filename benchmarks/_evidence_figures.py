@@ -18,7 +18,7 @@ def draw_scores(cells: Cells) -> Figure:
     """A panel for each task, a row for each arm."""
     columns = 5
     rows = -(-len(TASKS) // columns)
-    figure = Figure(figsize=(12.5, 0.6 + rows * (0.9 + 0.19 * len(cells.arms))), layout="constrained")
+    figure = Figure(figsize=(12.5, 0.6 + rows * (1.1 + 0.19 * len(cells.arms))), layout="constrained")
     every = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for axes in every[len(TASKS) :]:
         axes.set_visible(False)
@@ -31,7 +31,7 @@ def draw_scores(cells: Cells) -> Figure:
                 axes.plot([low, high], [-row, -row], color=color, linewidth=1.5)
                 axes.plot([value], [-row], "o", color=color, markersize=4)
         axes.set_yticks(range(0, -len(cells.arms), -1), cells.arms)
-        title_of(axes, task)
+        label(axes, task.name, METRIC[task.kind])
         calm(axes)
     return figure
 
@@ -51,7 +51,7 @@ def draw_gains(cells: Cells) -> Figure:
                 axes.plot([found.value], [y], "o", color=style[0], markersize=5, label=label)
     axes.set_yticks(range(0, -len(PRIMARY_TASKS), -1), PRIMARY_TASKS)
     axes.set_xlabel("Gain of the hybrid (dashes: the smallest that counts)", fontsize=9, color=INK)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside upper center", ncols=len(BEFORE), frameon=False, fontsize=9, labelcolor=INK)
     calm(axes)
     return figure
 
@@ -67,7 +67,7 @@ def draw_labels(cells: Cells) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(LABELS, [str(num) for num in LABELS])
         axes.minorticks_off()
-        title_of(axes, task)
+        label(axes, f"{task.name} ({METRIC[task.kind]})", "labelled exams")
         calm(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(arms), frameon=False, labelcolor=INK)
@@ -81,9 +81,10 @@ def curve(axes: Axes, cells: Cells, arm: str, task: Task, color: str, dashes: ob
     axes.plot([num for num, _ in found], values, color=color, linestyle=dashes, marker="o", markersize=4, label=arm)
 
 
-def title_of(axes: Axes, task: Task) -> None:
-    """Name and measure."""
-    axes.set_title(f"{task.name} ({METRIC[task.kind]})", fontsize=9.5, color=INK, fontweight="bold")
+def label(axes: Axes, title: str, below: str) -> None:
+    """A title, and what the axis counts."""
+    axes.set_title(title, fontsize=9.5, color=INK, fontweight="bold")
+    axes.set_xlabel(below, fontsize=8.5, color=INK)
 
 
 def calm(axes: Axes) -> None:
