@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from filelock import FileLock
 
 from umbif.corpus.index import build_manifest
 from umbif.corpus.manifest import write_manifest
@@ -46,11 +47,13 @@ class Cohort:
 
 
 def make_cohort(folder: Path, size: Size) -> Cohort:
-    """Makes what is missing; the same call goes on where it was stopped."""
-    unlabelled = make_corpus(folder, "unlabelled", size.unlabelled, UNLABELLED_SEED)
-    shuffle(folder / "phantom_unlabelled", folder / "phantom_placebo")
-    placebo = prepare(folder / "phantom_placebo", folder / "placebo", 0.0)
-    clinic = make_corpus(folder, "clinic", size.clinic, CLINIC_SEED, TEST_FRACTION)
+    """Makes what is missing; the same call goes on where it was stopped, and a second process waits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        unlabelled = make_corpus(folder, "unlabelled", size.unlabelled, UNLABELLED_SEED)
+        shuffle(folder / "phantom_unlabelled", folder / "phantom_placebo")
+        placebo = prepare(folder / "phantom_placebo", folder / "placebo", 0.0)
+        clinic = make_corpus(folder, "clinic", size.clinic, CLINIC_SEED, TEST_FRACTION)
     return Cohort(unlabelled, placebo, clinic, truth_of(Corpus(clinic), folder / "phantom_clinic"))
 
 

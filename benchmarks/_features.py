@@ -15,8 +15,9 @@ from _inputs import Shown
 from sklearn.decomposition import PCA
 
 Array = npt.NDArray[Any]
-TRAITS = ("healthy", "radius_mm", "rim_mm", "necrosis", "enhancement", "irregularity", "patchiness", "oedema_mm",
-          "oedema_edge_mm", "mass", "frontal")  # fmt: skip
+TRAITS = ("radius_mm", "rim_mm", "necrosis", "enhancement", "irregularity", "patchiness", "oedema_mm", "oedema_edge_mm",
+          "mass", "frontal")  # fmt: skip
+AS_THEY_ARE = ("lesion", "flair", "half_a", "half_b")  # places, and what is compared with each other
 MANY, NUM_COMPONENTS = 2048, 128  # of more features than MANY, so many principal components stand for them
 
 
@@ -35,7 +36,7 @@ def features_of(describer: Describer, exams: Sequence[Shown], train: Array) -> d
     found = {name: [one[name] for one in described] for name in described[0]}
     stacked = {name: filled(parts) for name, parts in found.items() if any(part is not None for part in parts)}
     whole = {name: completed(x, train) for name, x in stacked.items()}
-    return {name: reduced(x, train) if x.ndim == 2 else x for name, x in whole.items()}
+    return {name: x if name in AS_THEY_ARE else reduced(x, train) for name, x in whole.items()}
 
 
 def shown_all_ways(describer: Describer, exam: Shown) -> dict[str, Array | None]:
@@ -78,8 +79,10 @@ def reduced(x: Array, train: Array) -> Array:
 
 
 def traits_of(truth: pd.DataFrame, train: Array) -> dict[str, Array]:
-    """The phantom's own numbers for each tumour, as features (N, F): what could be known at best."""
-    return {"whole": completed(truth[list(TRAITS)].to_numpy(dtype=np.float32), train)}
+    """The phantom's own numbers as features (N, F): age, whether there is a tumour, and what it is like."""
+    healthy = truth["healthy"].to_numpy(dtype=bool)
+    traits = np.where(healthy[:, None], np.nan, truth[list(TRAITS)].to_numpy(dtype=np.float32))
+    return {"whole": completed(np.column_stack([truth["age"], healthy, traits]), train)}
 
 
 def targets_of(exams: Sequence[Shown], truth: pd.DataFrame) -> pd.DataFrame:

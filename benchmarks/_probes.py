@@ -6,6 +6,7 @@ Shapes: n labelled rows, t test rows, F features, B resamples of the test people
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,9 @@ def resamples(question: Question) -> Array:
 
 def shuffled(question: Question, seed: int) -> Question:
     """The answers dealt to other exams, of the test people too: nothing is left that could be learnt."""
-    order = np.random.default_rng((SHUFFLED, seed)).permutation(len(question.y))
+    # Arms and tasks that shared an order would miss one half together.
+    own = (crc32(question.task.name.encode()), crc32(question.x.tobytes()))
+    order = np.random.default_rng((SHUFFLED, seed, *own)).permutation(len(question.y))
     return Question(question.task, question.x, question.y[order], question.exam, question.person, question.is_test)
 
 

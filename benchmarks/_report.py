@@ -37,12 +37,17 @@ def hardware(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """Short name of the commit that is checked out; None outside of a repository."""
+    """Short name of the commit that is checked out, and whether code differs from it; None outside of a repository."""
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        name = _git("rev-parse", "--short", "HEAD")
+        code = ("umbif", "recipes", "benchmarks", ":!benchmarks/results")
+        return f"{name}, changed" if _git("status", "--porcelain", "--untracked-files=no", "--", *code) else name
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def write_json(path: Path, rows: Sequence[Row], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Supervised training with tokens dropped and views augmented: the upper bound and the fine-tuning of `learn.py`."""
+"""Supervised training with tokens dropped and views augmented: from scratch, and the fine-tuning of `learn.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +41,9 @@ class Course:
     num_steps: int  # of BATCH exams
     lr: float
     budget: int = 512  # tokens of an exam; of a convolutional network, its sequences
+
+    def __str__(self) -> str:
+        return f"{self.num_steps} steps of {BATCH} exams"
 
 
 class Taught(nn.Module):

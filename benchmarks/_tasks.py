@@ -39,7 +39,7 @@ TASKS = (
     Task("site", "Which of three scanners?", "classes", "whole", "site", is_trivial=True),
     Task("contrast", "Which sequence is this, without its name?", "classes", "alone", "alone_is", is_trivial=True),
     Task("head size", "How large is the brain?", "number", "whole", "log_brain", is_trivial=True),
-    Task("age", "How old? Only the ventricles tell.", "number", "whole", "age"),
+    Task("age", "How old? The ventricles tell, and the tumour a little.", "number", "whole", "age"),
     Task("lesion", "Is there a tumour?", "binary", "whole", "ill"),
     Task("lesion volume", "How large is the tumour?", "number", "whole", "log_lesion"),
     Task("enhancing", "Does the tumour take up contrast agent?", "binary", "whole", "enhancing"),

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from _arms import ABLATED, ABOUT, ARMS, SUPERVISED, TRUTH
+from _arms import ABLATED, ABLATION_STEPS, ABOUT, ARMS, NUM_STEPS, SUPERVISED, TRUTH
 from _cells import NUM_LABELS, read_cells
 from _cohort import FULL
 from _evidence import (
@@ -16,6 +16,7 @@ from _evidence import (
     HYBRID,
     PRIMARY_LABELS,
     PRIMARY_TASKS,
+    SMALLEST_DIFFERENCE,
     SMALLEST_GAIN,
     Cells,
     difference,
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parts_of(cells: Cells, ablated: Cells) -> dict[str, str]:
     """What the page's braces stand for."""
     missed, num, (low, high) = null_cells(cells)
-    seen, unseen = overlap(cells)
+    seen, unseen, num_people = overlap(cells, [arm for arm in ARMS if arm not in (TRUTH, *SUPERVISED)])
     return {
         "verdict": verdict(cells),
         "arms": "\n".join(f"| `{arm}` | {ABOUT[arm]} |" for arm in ARMS if arm in cells.arms),
@@ -73,9 +74,12 @@ def parts_of(cells: Cells, ablated: Cells) -> dict[str, str]:
         "labels": table(by_labels(cells)),
         "null": f"{missed} of {num} intervals miss one half; with 5% to be expected, {low} to {high} would.",
         "overlap": f"{seen:.2f} where their first one was labelled, {unseen:.2f} where as many of others were",
+        "num_people": str(num_people),
         "runs": table(runs(cells, ablated)),
-        "smallest": f"{SMALLEST_GAIN:.2f}", "num_labels": str(PRIMARY_LABELS), "unlabelled": str(FULL.unlabelled),
+        "smallest": f"{SMALLEST_GAIN:.2f}", "tie": f"{SMALLEST_DIFFERENCE:.2f}",
+        "num_labels": str(PRIMARY_LABELS), "unlabelled": str(FULL.unlabelled),
         "num_tuned": str(NUM_TUNED), "num_draws": str(NUM_DRAWS), "num_steps": str(COURSE.num_steps),
+        "steps": str(NUM_STEPS), "ablation_steps": str(ABLATION_STEPS),
         "many": str(MANY), "components": str(NUM_COMPONENTS),
     }
 
@@ -86,7 +90,7 @@ def scores(cells: Cells, probe: str | None = None) -> Iterator[list[str]]:
     for task in TASKS:
         which = (probe, PRIMARY_LABELS) if probe and task.name != "retrieval" else probe_of(task.name)
         found = [mean(cells, arm, task.name, *which) for arm in cells.arms]
-        known = [one for one in found if one is not None]
+        known = [one for arm, one in zip(cells.arms, found, strict=True) if one is not None and arm != TRUTH]
         name = f"*{task.name}*" if task.is_trivial else task.name
         name += ", at chance" if known and is_at_chance(task, known) else ""
         yield [name, METRIC[task.kind], *map(number, found)]
@@ -101,7 +105,7 @@ def gains_of(cells: Cells) -> Iterator[list[str]]:
         if task.name in PRIMARY_TASKS:
             found = [difference(cells, HYBRID, other, task.name, *probe_of(task.name)) for other in others]
             yield [task.name, METRIC[task.kind], *(told(one, sign="+") for one in found),
-                   "yes" if is_gain(by_task[task.name]) else "no"]  # fmt: skip
+                   "yes" if is_gain(cells, task.name, by_task[task.name]) else "no"]  # fmt: skip
 
 
 def by_labels(cells: Cells) -> Iterator[list[str]]:
@@ -124,10 +128,10 @@ def finetuned(cells: Cells) -> Iterator[list[str]]:
 
 
 def bounds(cells: Cells) -> Iterator[list[str]]:
-    """What could be known at best, and what is learnt from all labels without pretraining."""
+    """What the tumour's own numbers tell, and what is learnt from all labels without pretraining."""
     yield ["task", "", f"`{TRUTH}`", *(f"`{arm}`" for arm in SUPERVISED), f"`{HYBRID}`"]
-    for task in LEARNT:
-        known = mean(cells, TRUTH, task.name, *probe_of(task.name))
+    for task in [task for task in LEARNT if task.name in PRIMARY_TASKS and task.name != "age"]:  # those about tumours
+        known = mean(cells, TRUTH, task.name, "linear", NUM_LABELS[-1])
         taught = [mean(cells, arm, task.name, "taught", 0) for arm in SUPERVISED]
         most = mean(cells, HYBRID, task.name, "linear", NUM_LABELS[-1])
         yield [task.name, METRIC[task.kind], *map(number, (known, *taught, most))]
@@ -143,10 +147,11 @@ def ablations(cells: Cells) -> Iterator[list[str]]:
 
 
 def change(of: Estimate | None) -> str:
-    """A difference, in bold where its interval does not hold zero."""
+    """A difference, in bold where it would count as a gain or a loss."""
     if of is None:
         return "–"
-    return f"**{of.value:+.2f}**" if of.low > 0 or of.high < 0 else f"{of.value:+.2f}"
+    counts = abs(of.value) >= SMALLEST_GAIN and (of.low > 0 or of.high < 0)
+    return f"**{of.value:+.2f}**" if counts else f"{of.value:+.2f}"
 
 
 def runs(*results: Cells) -> Iterator[list[str]]:

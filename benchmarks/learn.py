@@ -13,6 +13,7 @@ figures: `evidence.py`. It has not been run in full yet.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,18 @@ from typing import NamedTuple, Self
 import numpy as np
 import pandas as pd
 import torch
-from _arms import ABLATED, ARMS, COURSES, MOST_SEEDS, PRETRAINED, SUPERVISED, TRUTH, describer
+from _arms import (
+    ABLATED,
+    ABLATION_STEPS,
+    ARMS,
+    COURSES,
+    MOST_SEEDS,
+    NUM_STEPS,
+    PRETRAINED,
+    SUPERVISED,
+    TRUTH,
+    describer,
+)  # fmt: skip
 from _cells import NUM_LABELS, Cell, append, frozen_cells, read_cells
 from _cohort import FULL, Cohort, make_cohort
 from _describe import Describer, Encoded
@@ -36,6 +48,7 @@ from _report import commit, hardware
 from _supervised import Course, Taught, teach
 
 from umbif.corpus.shards import Corpus
+from umbif.errors import UmbifError
 from umbif.progress import console, track
 from umbif.quiet import quiet
 
@@ -52,23 +65,24 @@ class Plan(NamedTuple):
     results: Path
     arms: Sequence[str]
     seeds: Sequence[int]
+    every_seed: Sequence[int]
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
         """As the command line asks."""
         if args.develop:
-            plan = cls(args.folder / "develop.jsonl", ARMS, DEVELOPMENT_SEEDS)
+            plan = cls(args.folder / "develop.jsonl", ARMS, DEVELOPMENT_SEEDS, DEVELOPMENT_SEEDS)
         elif args.ablate:
-            plan = cls(RESULTS / "ablation.jsonl", ("umbif", *ABLATED), ABLATION_SEEDS)
+            plan = cls(RESULTS / "ablation.jsonl", ("umbif", *ABLATED), ABLATION_SEEDS, ABLATION_SEEDS)
         else:
-            plan = cls(RESULTS / "learn.jsonl", ARMS, SEEDS)
+            plan = cls(RESULTS / "learn.jsonl", ARMS, SEEDS, SEEDS)
         return plan._replace(arms=args.arms or plan.arms, seeds=args.seeds or plan.seeds)
 
     def works(self, *, finished: bool = False) -> list[tuple[str, int]]:
         """Every arm with every seed that is missing, or `finished`, seed by seed; some arms have few."""
         done = {(cell["arm"], cell["seed"]) for cell in read_cells(self.results)}
-        seeds = {arm: self.seeds[: MOST_SEEDS.get(arm)] for arm in self.arms}
-        every = [(arm, seed) for seed in self.seeds for arm in self.arms if seed in seeds[arm]]
+        few = {arm: self.every_seed[:num] for arm, num in MOST_SEEDS.items()}
+        every = [(arm, seed) for seed in self.seeds for arm in self.arms if seed in few.get(arm, self.seeds)]
         return [work for work in every if (work in done) == finished]
 
 
@@ -127,7 +141,8 @@ class Bench:
             features = traits_of(self.cohort.truth.iloc[self.rows], self.train)
             yield from frozen_cells(features, self.targets, self.places, seed)
             return
-        found = describer(SUPERVISED.get(arm, arm), seed, self.cohort, self.folder / "runs")
+        num_steps = ABLATION_STEPS if self.ablate else NUM_STEPS
+        found = describer(SUPERVISED.get(arm, arm), seed, self.cohort, self.kept("runs"), num_steps)
         if arm in SUPERVISED:
             assert isinstance(found, Encoded)
             model = self.taught(found, seed, COURSES[arm])
@@ -141,10 +156,14 @@ class Bench:
 
     def features(self, found: Describer, name: str) -> dict[str, Array]:
         """Of every exam of the clinic, kept under a name."""
-        path = self.folder / ("features_develop" if self.develop else "features") / f"{name}.npz"
+        path = self.kept("features") / f"{name}.npz"
         if not path.exists():
             save(path, features_of(found, self.exams, self.train))
         return load(path)
+
+    def kept(self, what: str) -> Path:
+        """A folder of what is not comparable between kinds of runs of this file."""
+        return self.folder / f"{what}_{'develop' if self.develop else 'ablation' if self.ablate else 'full'}"
 
     def taught(self, encoded: Encoded, seed: int, course: Course) -> Taught:
         """All labels of the training people."""
@@ -161,17 +180,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         told(quick_cells(args.folder / "quick"))
         return
     bench, plan = Bench(args.folder, args.develop, args.ablate), Plan.of(args)
-    begun = time.monotonic()
     if args.verify:
         verify(bench, plan)
         return
+    failed = run(bench, plan, args.minutes)
+    for work, problem in failed.items():
+        console.print(f"Failed: {work}: {problem}")
+    if failed:
+        sys.exit(1)
+    left = len(plan.works())
+    console.print(
+        f"{left} are left. The same command goes on." if left
+        else "All is done. Tables and figures:  python benchmarks/evidence.py"
+    )  # fmt: skip
+
+
+def run(bench: Bench, plan: Plan, minutes: float | None) -> dict[str, UmbifError]:
+    """Does what is missing, as far as the time reaches; what failed, and why."""
+    begun, failed = time.monotonic(), {}
     for arm, seed in plan.works():
-        if args.minutes is not None and time.monotonic() - begun > 60 * args.minutes:
-            console.print("The time is up. The same command goes on.")
-            return
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            break
         console.print(f"{arm}, seed {seed}")
-        append(plan.results, cells_of(bench, arm, seed))
-    console.print("All is done. Tables and figures:  python benchmarks/evidence.py")
+        try:
+            append(plan.results, cells_of(bench, arm, seed))
+        except UmbifError as error:
+            failed[f"{arm}, seed {seed}"] = error
+    return failed
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -202,10 +237,10 @@ def verify(bench: Bench, plan: Plan) -> None:
 
 def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:
     """All of one encoder, and where they come from."""
-    begun = time.monotonic()
+    begun, of = time.monotonic(), commit()
     found = list(bench.cells(arm, seed))
     minutes = round((time.monotonic() - begun) / 60, 1)
-    source = {"commit": commit(), "hardware": hardware(torch.device("cpu")), "minutes": minutes}
+    source = {"commit": of, "hardware": hardware(torch.device("cpu")), "minutes": minutes}
     return [{"arm": arm, "seed": seed, **cell} for cell in (*found, source)]
 
 

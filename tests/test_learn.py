@@ -123,10 +123,12 @@ def test_a_difference_is_that_of_the_same_seeds_and_resamples(bench):
     noise = rng.normal(0, 0.05, 200)  # of the test people: both arms meet the same ones
     cells = [
         {"arm": arm, "task": "idh", "probe": "linear", "labels": 64, "seed": seed, "score": level + 0.001 * seed,
-         "resamples": (level + 0.001 * seed + noise).tolist()}
+         "resamples": (level + 0.001 * seed + noise).tolist(),
+         "draws": [level + 0.001 * seed + draw for draw in (-0.02, 0.02)]}
         for arm, level in (("umbif", 0.8), ("untrained", 0.7)) for seed in range(3)
     ]  # fmt: skip
-    cells.append({**cells[0], "arm": "histogram", "seed": 0, "score": 0.75, "resamples": (0.75 + noise).tolist()})
+    fixed = {"score": 0.75, "resamples": (0.75 + noise).tolist(), "draws": [0.73, 0.77]}
+    cells.append({**cells[0], "arm": "histogram", "seed": 0, **fixed})
     found = evidence.Cells(cells)
     gain = evidence.difference(found, "umbif", "untrained", "idh", "linear", 64)
     assert (gain.value, gain.low, gain.high) == pytest.approx((0.1, 0.1, 0.1))
@@ -136,6 +138,29 @@ def test_a_difference_is_that_of_the_same_seeds_and_resamples(bench):
     alone = evidence.mean(found, "umbif", "idh", "linear", 64)
     assert alone.low < 0.75 < 0.85 < alone.high
     assert evidence.difference(found, "umbif", "mae", "idh", "linear", 64) is None
+
+
+def test_intervals_hold_the_truth_as_often_as_they_should_though_seeds_are_few(bench):
+    rng, evidence, covered = np.random.default_rng(0), bench("_evidence"), []
+    for _ in range(100):
+        people, draws = rng.normal(0, 1, 200), rng.normal(0, 1, 10)
+        drawn = rng.normal(0, 1) + rng.normal(0, 1 / np.sqrt(10))  # of people and of draws, the same for every seed
+        seeds = rng.normal(0, 1, (5, 1)) + drawn
+        found = evidence.bootstrapped(evidence.Scores(seeds + people - people.mean(), seeds + draws - draws.mean()))
+        covered.append(found.low < 0 < found.high)
+    assert 0.87 <= np.mean(covered) <= 0.99  # 95 expected, of 100
+
+
+def test_more_than_another_that_knows_nothing_is_no_gain_for_one_that_knows_nothing(bench):
+    evidence, noise = bench("_evidence"), np.linspace(-0.01, 0.01, 40)
+    levels = {"untrained": -0.3, "placebo": -0.3}
+    for own, is_gain in ((-0.05, False), (0.05, True)):
+        cells = evidence.Cells(
+            {"arm": arm, "task": "age", "probe": "linear", "labels": 64, "seed": seed, "score": level,
+             "resamples": (level + noise).tolist(), "draws": [level] * 10}
+            for arm, level in {**levels, "umbif": own}.items() for seed in range(3)
+        )  # fmt: skip
+        assert evidence.is_gain(cells, "age", evidence.gains(cells)["age"]) == is_gain
 
 
 def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_do_not(bench):
@@ -198,12 +223,12 @@ def test_a_tumour_is_described_by_its_own_places(bench, corpus):
     assert found[slot] == pytest.approx(tokens[inside].mean(0).detach().numpy(), abs=1e-5)
 
 
-def test_truth_is_the_lesions_own_numbers_and_tells_who_is_ill(bench):
-    numbers = {name: [1.0, np.nan, 3.0] for name in bench("_features").TRAITS}
+def test_truth_has_no_tumour_of_the_healthy(bench):
+    numbers = {name: [1.0, 100.0, 3.0] for name in bench("_features").TRAITS}
     truth = pd.DataFrame({**numbers, "healthy": [False, True, False], "age": [40, 50, 60]})
     found = bench("_features").traits_of(truth, np.array([True, True, True]))["whole"]
-    assert found[:, 0].tolist() == [0, 1, 0]
-    assert found[:, 1:].tolist() == [[1.0] * 10, [2.0] * 10, [3.0] * 10]
+    assert found[:, :2].tolist() == [[40, 0], [50, 1], [60, 0]]
+    assert found[:, 2:].tolist() == [[1.0] * 10, [2.0] * 10, [3.0] * 10]
 
 
 def test_a_taught_network_answers_all_that_it_was_taught(bench, corpus):
@@ -251,7 +276,7 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
     arms = ("histogram", "untrained", "mae", "contrast", "placebo")
     cells = [
         {"arm": arm, "seed": seed, "task": task.name, "probe": probe, "labels": num, "score": level,
-         "resamples": (level + noise).tolist()}
+         "resamples": (level + noise).tolist(), "draws": [level] * 3}
         for task in bench("_tasks").TASKS for noise in [rng.normal(0, 0.02, 40)]
         for probe, num in ([("cosine", 0)] if task.name == "retrieval" else PROBED)
         for arm, level in ((arm, 0.6 + gain * (arm == "umbif")) for arm in (*arms, "umbif")) for seed in range(3)
@@ -259,7 +284,9 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
     source = {"arm": "umbif", "seed": 0, "commit": "0123abc", "hardware": "a CPU", "minutes": 2.0}
     bench("_cells").append(tmp_path / "learn.jsonl", [*cells, source])
     other = [{**cell, "arm": "heavy", "score": cell["score"] - 0.2} for cell in cells if cell["arm"] == "umbif"]
-    lower = [{**cell, "resamples": [value - 0.2 for value in cell["resamples"]]} for cell in other]
+    lower = [
+        {**cell, **{name: [value - 0.2 for value in cell[name]] for name in ("resamples", "draws")}} for cell in other
+    ]
     bench("_cells").append(tmp_path / "ablation.jsonl", [*cells, *lower])
     bench("evidence").main(["--results", str(tmp_path), "--docs", str(tmp_path)])
     page = (tmp_path / "evidence.md").read_text()
@@ -273,11 +300,12 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
 
 def test_work_that_is_done_is_not_done_again_and_seeds_come_one_after_the_other(bench, tmp_path):
     learn = bench("learn")
-    asked = ["--develop", "--folder", str(tmp_path), "--arms", "raw", "cnn", "mae", "--seeds", "7", "8", "9"]
+    asked = ["--develop", "--folder", str(tmp_path), "--arms", "raw", "cnn", "mae", "--seeds", "100", "101", "102"]
     plan = learn.Plan.of(learn.arguments(asked))
-    bench("_cells").append(plan.results, [{"arm": "cnn", "seed": 7, "task": "idh"}, {"arm": "mae", "seed": 8}])
-    assert plan.works() == [("raw", 7), ("mae", 7), ("cnn", 8), ("mae", 9)]
-    assert plan.works(finished=True) == [("cnn", 7), ("mae", 8)]
+    bench("_cells").append(plan.results, [{"arm": "cnn", "seed": 100, "task": "idh"}, {"arm": "mae", "seed": 101}])
+    assert plan.works() == [("raw", 100), ("mae", 100), ("cnn", 101), ("mae", 102)]
+    assert plan.works(finished=True) == [("cnn", 100), ("mae", 101)]
+    assert plan._replace(seeds=[101]).works() == [("cnn", 101)]
     assert list(learn.Plan.of(learn.arguments(["--ablate"])).seeds) == [10, 11]  # of its own
     assert list(learn.Plan.of(learn.arguments([])).seeds) == [0, 1, 2, 3, 4]
 
