@@ -22,7 +22,7 @@ Cell = dict[str, Any]
 HYBRID, BEFORE, ALONE = "umbif", ("untrained", "placebo"), ("mae", "contrast")
 PRIMARY_PROBE, PRIMARY_LABELS = "linear", 64
 SMALLEST_GAIN = 0.05  # of AUC, R² or accuracy
-SMALLEST_DIFFERENCE = 0.02  # less is a tie between the hybrid and one of its parts, or the histogram
+SMALLEST_DIFFERENCE = 0.01  # less, the last digit that is printed, is a tie with one of its parts or the histogram
 PRIMARY_TASKS = tuple(t.name for t in TASKS if not t.is_trivial and t.features != "tumour")  # nothing is given away
 NUM_RESAMPLES = 10_000
 CHANCE = {"binary": 0.5, "number": 0.0, "pairs": 0.5}  # by the kind of a task

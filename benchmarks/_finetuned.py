@@ -22,7 +22,7 @@ from umbif.encoders.vit import ViT3D
 Array = npt.NDArray[Any]
 FINETUNED = tuple(task for task in TASKS if task.name in ("lesion volume", "idh"))
 NUM_LABELS, NUM_DRAWS = 64, 3
-COURSE = Course(num_steps=100, lr=3e-4)
+COURSE = Course(num_steps=60, lr=1e-4)
 
 
 def finetuned_cells(
