@@ -181,6 +181,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     bench, plan = Bench(args.folder, args.develop, args.ablate), Plan.of(args)
     if args.verify:
+        if bench.kept("runs").exists() or bench.kept("features").exists():
+            sys.exit(f"{args.folder} holds runs or features, which would be taken as they are: give --folder a new one")
         verify(bench, plan)
         return
     failed = run(bench, plan, args.minutes)
@@ -228,7 +230,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def verify(bench: Bench, plan: Plan) -> None:
     """Says how far scores are from those of the file when everything is done once more."""
     known = Cells(read_cells(plan.results)).by_key
-    for arm, seed in plan.works(finished=True):
+    works = plan.works(finished=True)
+    if not works:
+        console.print(f"{plan.results} has none of these.")
+    for arm, seed in works:
         again = Cells(cells_of(bench, arm, seed)).by_key
         apart = [abs(cell["score"] - known[key]["score"]) for key, cell in again.items()]
         same = f"{apart.count(0)} of {len(apart)} the same"

@@ -324,3 +324,26 @@ def test_what_is_done_once_more_is_compared_with_the_file(bench, tmp_path, capsy
     again = Mock(cells=lambda *_: iter([{**key, "labels": 16, "score": 0.6}, {**key, "labels": 64, "score": 0.5}]))
     learn.verify(again, plan)
     assert "mae, seed 3: 1 of 2 the same, the largest difference 0.25" in capsys.readouterr().out
+
+
+def test_nothing_is_verified_by_what_was_kept_of_it(bench, tmp_path, capsys):
+    learn, asked = bench("learn"), ["--verify", "--develop", "--arms", "mae", "--folder", str(tmp_path)]
+    learn.main(asked)
+    assert "has none of these" in capsys.readouterr().out.replace("\n", " ")
+    (tmp_path / "features_develop").mkdir()
+    with pytest.raises(SystemExit, match="give --folder a new one"):
+        learn.main(asked)
+
+
+def test_an_arm_that_fails_does_not_hold_up_the_others(bench, tmp_path):
+    learn = bench("learn")
+    plan = learn.Plan.of(learn.arguments(["--develop", "--folder", str(tmp_path), "--arms", "mae", "umbif"]))
+    plan = plan._replace(seeds=[100])
+
+    def cells(arm, seed):
+        if arm == "mae":
+            raise learn.UmbifError("broken")
+        yield {"task": "idh"}
+
+    assert list(learn.run(Mock(cells=cells), plan, None)) == ["mae, seed 100"]
+    assert plan.works() == [("mae", 100)]
