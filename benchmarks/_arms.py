@@ -23,7 +23,7 @@ from umbif.recipe import Recipe, compose
 from umbif.stream.patches import Patches
 
 RECIPE = "pretrain/umbif_tiny"
-NUM_STEPS, ABLATION_STEPS, WARMUP = 6000, 3000, 100  # with 2500, contrast still costs head size and retrieval
+NUM_STEPS, ABLATION_STEPS, WARMUP = 10_000, 3000, 100  # 2500 steps of contrast still cost head size and retrieval
 QUIETLY = (
     "hardware=cpu", "callbacks.monitors=null", "data.num_workers=0", "data.cache_gib=3", "data.num_val_exams=0",
     "callbacks.checkpoint.every_n_steps=1000", "trainer.log_every_n_steps=50", f"model.warmup_steps={WARMUP}",
@@ -54,7 +54,8 @@ PRETRAINED = {
         "data.around_tumour=true", "data.crop_size=[64,64,64]")),
 }  # fmt: skip
 ABLATED = {
-    "heavy": Arm("contrast weight .03", overrides=("model.contrast_weight=0.03",)),
+    "light": Arm("contrast weight .005", overrides=("model.contrast_weight=0.005",)),
+    "heavy": Arm("contrast weight .05", overrides=("model.contrast_weight=0.05",)),
     "cold": Arm("temperature .1", overrides=("model.contrast.temperature=0.1",)),
     "whole": Arm("whole views compared, not sequences", overrides=("model.contrast.unit=view",)),
     "scattered": Arm("each view at a place of its own", overrides=("data.exams_per_place=0",)),
