@@ -49,13 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of learn.jsonl and ablation.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args(argv)
-    cells, ablated = (Cells(read_cells(args.results / name)) for name in ("learn.jsonl", "ablation.jsonl"))
+    cells, ablated = (in_order(args.results / name) for name in ("learn.jsonl", "ablation.jsonl"))
     (args.docs / "figures").mkdir(parents=True, exist_ok=True)
     draw_scores(cells).savefig(args.docs / "figures" / "evidence_scores.svg")
     draw_gains(cells).savefig(args.docs / "figures" / "evidence_gains.svg")
     draw_labels(cells).savefig(args.docs / "figures" / "evidence_labels.svg")
     (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts_of(cells, ablated)))
     print(verdict(cells))
+
+
+def in_order(path: Path) -> Cells:
+    """Of a results file, arm by arm as they are declared: several processes may have written it."""
+    order = {arm: place for place, arm in enumerate((*ARMS, *ABLATED))}
+    return Cells(sorted(read_cells(path), key=lambda cell: (order[cell["arm"]], cell["seed"])))
 
 
 def parts_of(cells: Cells, ablated: Cells) -> dict[str, str]:

@@ -14,7 +14,10 @@ LOG_EVERY_S = 15.0
 
 
 def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
-    """Yields `items` and shows how far the work is and how long it still takes."""
+    """Yields `items` and shows how far the work is and how long it still takes; of no work it says nothing."""
+    if not total:
+        yield from items
+        return
     yield from _bar(items, what, total) if sys.stdout.isatty() else _lines(items, what, total)
 
 
