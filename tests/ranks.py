@@ -32,7 +32,7 @@ def moved(units: Units, slot: int = 0, person: int = 0, rank: int = 0, world_siz
 def same_contrast(queue_size: int = 0) -> Contrast:
     """The same weights in every process."""
     torch.manual_seed(5)
-    return Contrast(6, ContrastOptions(projector_dim=5, projector_depth=2, queue_size=queue_size))
+    return Contrast(6, ContrastOptions(extreme_share=None, projector_dim=5, projector_depth=2, queue_size=queue_size))
 
 
 def contrast_of_rank(rank: int, world_size: int, folder: Path) -> None:

@@ -39,8 +39,8 @@ class ContrastOptions:
         same_person_negatives: Let other exams of one person be negatives.
     """
 
-    unit: Unit = "view"
-    extreme_share: float | None = None
+    unit: Unit = "sequence"
+    extreme_share: float | None = 0.04
     temperature: float = 0.2
     projector_dim: int = 128
     projector_hidden: int | None = None

@@ -34,10 +34,10 @@ class Augmentation:
     """
 
     flip_probability: float = 0.5
-    curve: float = 0.7
-    bias: float = 0.1
+    curve: float = 0.1
+    bias: float = 0.05
     scale: float = 0.1
-    hide_name: float = 0.0
+    hide_name: float = 0.1
 
     def __call__(self, patches: Patches, exams: Exams) -> Patches:
         """The same exam and view give the same curve, field and mirroring to all of their patches."""
