@@ -54,8 +54,8 @@ PRETRAINED = {
         "data.around_tumour=true", "data.crop_size=[64,64,64]")),
 }  # fmt: skip
 ABLATED = {
-    "light": Arm("contrast weight .005", overrides=("model.contrast_weight=0.005",)),
-    "heavy": Arm("contrast weight .05", overrides=("model.contrast_weight=0.05",)),
+    "light": Arm("contrast weight .002", overrides=("model.contrast_weight=0.002",)),
+    "heavy": Arm("contrast weight .02", overrides=("model.contrast_weight=0.02",)),
     "cold": Arm("temperature .1", overrides=("model.contrast.temperature=0.1",)),
     "whole": Arm("whole views compared, not sequences", overrides=("model.contrast.unit=view",)),
     "scattered": Arm("each view at a place of its own", overrides=("data.exams_per_place=0",)),

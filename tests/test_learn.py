@@ -290,7 +290,7 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
     bench("_cells").append(tmp_path / "ablation.jsonl", [*cells, *lower])
     bench("evidence").main(["--results", str(tmp_path), "--docs", str(tmp_path)])
     page = (tmp_path / "evidence.md").read_text()
-    assert f"| contrast weight .05 | {' | '.join(['**-0.20**'] * len(bench('_tasks').TASKS))} |" in page
+    assert f"| contrast weight .02 | {' | '.join(['**-0.20**'] * len(bench('_tasks').TASKS))} |" in page
     assert "| task |  | `histogram` | `untrained` | `placebo` | `mae` | `contrast` | `umbif` |" in page  # as declared
     assert said in page
     assert ("**not met**" in page) == (gain < 0.05)

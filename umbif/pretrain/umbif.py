@@ -72,7 +72,7 @@ class UMBIF(pl.LightningModule):
         contrast: ContrastOptions = ContrastOptions(),  # noqa: B008
         reconstruction_weight: float = 1.0,
         normalise_targets: bool = False,
-        contrast_weight: float = 0.02,
+        contrast_weight: float = 0.005,
         ema_decay: float | None = None,
         augmentation: Augmentation = Augmentation(),  # noqa: B008
         lr: float = 1.5e-4,
