@@ -1,9 +1,11 @@
 """Every pretraining recipe of the folder: runs without a warning, resumes bit for bit, and keeps its numbers."""
 
+import inspect
 import io
 import json
 import os
 import warnings
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from small import CONVOLUTIONAL, PRETRAINING, small_recipe
 
 from umbif.encoders.weights import CONFIG, load_encoder_weights
 from umbif.fit import fit
+from umbif.pretrain.umbif import UMBIF
 from umbif.quiet import quiet
-from umbif.recipe import Recipe
+from umbif.recipe import Recipe, compose
 from umbif.recipe_check import build
 from umbif.stream.modules import SlotCounter
 
@@ -69,6 +72,17 @@ def test_every_recipe_resumes_bit_for_bit(corpus_folder, name, tmp_path):
     expected = whole.lightning_module.state_dict()
     for key, tensor in again.lightning_module.state_dict().items():
         assert torch.equal(tensor, expected[key]), key
+
+
+def test_the_class_without_arguments_is_the_method_of_the_recipes():
+    said = compose("pretrain/umbif_vits").tree["model"]
+    for name, parameter in inspect.signature(UMBIF).parameters.items():
+        if name not in ("encoder", "global_batch_size", "max_steps"):  # which network, and how much of it
+            default, recipe = parameter.default, said[name]
+            if is_dataclass(default):
+                recipe = {key: value for key, value in recipe.items() if key != "class_path"}
+                default = {key: value for key, value in asdict(default).items() if key in recipe}
+            assert default == (tuple(recipe) if isinstance(recipe, list) else recipe), name
 
 
 @pytest.mark.parametrize("case", GOLDEN)

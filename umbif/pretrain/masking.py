@@ -44,9 +44,9 @@ class Masking:
             there, one sequence has to be told from another without a look at any.
     """
 
-    num_visible: int = 64
+    num_visible: int = 48
     max_visible_share: float = 0.5
-    num_targets: int | None = 64
+    num_targets: int | None = 48
     decoded_share: float = 1.0
     column_share: float = 0.25
 

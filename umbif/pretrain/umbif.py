@@ -74,9 +74,9 @@ class UMBIF(pl.LightningModule):
         normalise_targets: bool = False,
         contrast_weight: float = 0.005,
         ema_decay: float | None = None,
-        augmentation: Augmentation = Augmentation(),  # noqa: B008
+        augmentation: Augmentation = Augmentation(hide_name=0.1),  # noqa: B008
         lr: float = 1.5e-4,
-        warmup_steps: int = 1000,
+        warmup_steps: int = 2000,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
         gradient_clip: float = 1.0,

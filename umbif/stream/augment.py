@@ -37,7 +37,7 @@ class Augmentation:
     curve: float = 0.1
     bias: float = 0.05
     scale: float = 0.1
-    hide_name: float = 0.1
+    hide_name: float = 0.0
 
     def __call__(self, patches: Patches, exams: Exams) -> Patches:
         """The same exam and view give the same curve, field and mirroring to all of their patches."""
