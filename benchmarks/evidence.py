@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ TEMPLATE = Path(__file__).parent / "_evidence.md"
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description="Writes docs/evidence.md from the results of learn.py")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of learn.jsonl and ablation.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of learn, ablation and tuning.jsonl")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args(argv)
     cells, ablated = (in_order(args.results / name) for name in ("learn.jsonl", "ablation.jsonl"))
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_scores(cells).savefig(args.docs / "figures" / "evidence_scores.svg")
     draw_gains(cells).savefig(args.docs / "figures" / "evidence_gains.svg")
     draw_labels(cells).savefig(args.docs / "figures" / "evidence_labels.svg")
-    (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts_of(cells, ablated)))
+    parts = parts_of(cells, ablated) | {"tuning": table(tuning(args.results / "tuning.jsonl"))}
+    (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts))
     print(verdict(cells))
 
 
@@ -158,6 +160,14 @@ def change(of: Estimate | None) -> str:
         return "–"
     counts = abs(of.value) >= SMALLEST_GAIN and (of.low > 0 or of.high < 0)
     return f"**{of.value:+.2f}**" if counts else f"{of.value:+.2f}"
+
+
+def tuning(path: Path) -> Iterator[list[str]]:
+    """What was tried before the full run."""
+    asked = [task.name for task in TASKS if task.name in PRIMARY_TASKS or task.name == "head size"]
+    yield ["", "steps", *asked]
+    for tried in map(json.loads, path.read_text().splitlines()):
+        yield [tried["about"], str(tried["steps"]), *(f"{tried['scores'][task]:.2f}" for task in asked)]
 
 
 def runs(*results: Cells) -> Iterator[list[str]]:

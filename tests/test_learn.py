@@ -288,6 +288,8 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
         {**cell, **{name: [value - 0.2 for value in cell[name]] for name in ("resamples", "draws")}} for cell in other
     ]
     bench("_cells").append(tmp_path / "ablation.jsonl", [*cells, *lower])
+    tried = {"about": "half the steps", "steps": 5000, "scores": {task.name: 0.5 for task in bench("_tasks").TASKS}}
+    (tmp_path / "tuning.jsonl").write_text(json.dumps(tried) + "\n")
     bench("evidence").main(["--results", str(tmp_path), "--docs", str(tmp_path)])
     page = (tmp_path / "evidence.md").read_text()
     assert f"| contrast weight .02 | {' | '.join(['**-0.20**'] * len(bench('_tasks').TASKS))} |" in page
@@ -295,6 +297,7 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
     assert said in page
     assert ("**not met**" in page) == (gain < 0.05)
     assert "0123abc" in page
+    assert "| half the steps | 5000 | 0.50 |" in page
     assert "{" not in page
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
 
