@@ -136,6 +136,11 @@ def verdict(cells: Cells) -> str:
         f"above zero, on {len(gained)} of {len(found)} tasks ({', '.join(gained) or 'none'}); the aim was {half}: "
         f"{'met' if len(gained) >= half else '**not met**'}."
     ]
+    if full := without_room(cells):
+        lines.append(
+            f"Of {', '.join(full)} one of these two knows so much that no encoder could gain {SMALLEST_GAIN:.2f} over "
+            "both. They count all the same."
+        )
     for part in [part for part in ALONE if part in cells.arms]:
         better, worse = wins(found, part)
         met = "met" if better and not worse else "**not met**"
@@ -152,6 +157,12 @@ def verdict(cells: Cells) -> str:
         f"{'**not met**' if below else 'met'}. Of the trivial ones it is on {', '.join(trivial) or 'none'}."
     )
     return listed(lines)
+
+
+def without_room(cells: Cells) -> list[str]:
+    """Tasks on which the untrained or the placebo encoder is nearer to the best score there is than a gain is large."""
+    found = {task: [mean(cells, arm, task, *probe_of(task)) for arm in BEFORE] for task in PRIMARY_TASKS}
+    return [task for task, of in found.items() if any(one and one.value > 1 - SMALLEST_GAIN for one in of)]
 
 
 def listed(lines: Iterable[str]) -> str:

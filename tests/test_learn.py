@@ -163,6 +163,17 @@ def test_more_than_another_that_knows_nothing_is_no_gain_for_one_that_knows_noth
         assert evidence.is_gain(cells, "age", evidence.gains(cells)["age"]) == is_gain
 
 
+def test_the_verdict_names_tasks_that_leave_no_room_for_the_gain_that_is_asked_for(bench):
+    evidence, levels = bench("_evidence"), {"lesion": {"untrained": 0.94, "placebo": 0.96}, "idh": {"untrained": 0.93}}
+    cells = evidence.Cells(
+        {"arm": arm, "task": task, "probe": "linear", "labels": 64, "seed": seed, "score": level,
+         "resamples": [level] * 4, "draws": [level] * 3}
+        for task, of in levels.items() for arm, level in of.items() for seed in range(2)
+    )  # fmt: skip
+    assert evidence.without_room(cells) == ["lesion"]
+    assert "Of lesion one of these two knows so much" in evidence.verdict(cells)
+
+
 def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_do_not(bench):
     (task,) = [t for t in bench("_tasks").TASKS if t.name == "retrieval"]
     rng = np.random.default_rng(0)
