@@ -138,7 +138,7 @@ def verdict(cells: Cells) -> str:
     ]
     if full := without_room(cells):
         lines.append(
-            f"Of {', '.join(full)} one of these two knows so much that no encoder could gain {SMALLEST_GAIN:.2f} over "
+            f"On {', '.join(full)} one of these two knows so much that no encoder could gain {SMALLEST_GAIN:.2f} over "
             "both. They count all the same."
         )
     for part in [part for part in ALONE if part in cells.arms]:

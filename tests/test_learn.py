@@ -171,7 +171,7 @@ def test_the_verdict_names_tasks_that_leave_no_room_for_the_gain_that_is_asked_f
         for task, of in levels.items() for arm, level in of.items() for seed in range(2)
     )  # fmt: skip
     assert evidence.without_room(cells) == ["lesion"]
-    assert "Of lesion one of these two knows so much" in evidence.verdict(cells)
+    assert "On lesion one of these two knows so much" in evidence.verdict(cells)
 
 
 def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_do_not(bench):
