@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import lightning.pytorch as pl
 import pytest
 import torch
-from small import small_umbif, train_once, views
+from small import VIT, small_umbif, train_once, views
 
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.vit import ViT3D
@@ -143,13 +143,20 @@ def test_lr_grows_with_what_a_step_takes(batch_size, accumulated):
     assert [group["lr"] for group in groups] == pytest.approx([batch_size * accumulated / 256] * len(groups))
 
 
-def test_compiled_blocks_give_the_same_losses(batch):
-    losses = []
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled_blocks_give_the_same_losses_and_gradients(batch, recomputed):
+    losses, gradients = [], []
     for backend in (None, "aot_eager"):
-        module = small_umbif(compile_backend=backend)
+        torch.manual_seed(1)
+        encoder = ViT3D(**{**VIT, "patch_mm": 16.0, "activation_checkpointing": recomputed})
+        queued = ContrastOptions(projector_dim=16, queue_size=8)
+        module = small_umbif(compile_backend=backend, encoder=encoder, ema_decay=0.9, contrast=queued)
         module.setup("fit")
         losses.append(module.losses(batch).total)
+        losses[-1].mean().backward()
+        gradients.append(module.encoder.blocks[0].qkv.weight.grad)
     assert torch.allclose(*losses, atol=1e-5)
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ Shapes: B exams × views, N tokens, E width.
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from umbif.encoders.position import Rotation, rotate
 
@@ -23,14 +24,15 @@ class Block(nn.Module):
         mlp_ratio: Width of the hidden layer over `width`.
         layer_scale: First factor of both branches; None leaves it out.
         drop_path: How likely a branch of an exam is left out in training.
+        recomputed: Keep the input alone, and compute the rest once more in the backward.
     """
 
     def __init__(
         self, width: int, num_heads: int, mlp_ratio: float = 4.0, *, layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        drop_path: float = 0.0, recomputed: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.num_heads, self.drop_path = num_heads, drop_path
+        self.num_heads, self.drop_path, self.recomputed = num_heads, drop_path, recomputed
         self.norm1, self.norm2 = norm(width), norm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -40,6 +42,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """(B, N, E) to the same; `mask` (B, 1, 1, N) is False for keys to ignore."""
+        if self.recomputed and torch.is_grad_enabled():  # in here: torch.compile has to see it
+            return checkpoint(self._both, x, mask, rotation, use_reentrant=False)
+        return self._both(x, mask, rotation)
+
+    def _both(self, x: Tensor, mask: Tensor | None, rotation: Rotation | None) -> Tensor:
         x = x + self._branch(self._attention(self.norm1(x), mask, rotation), self.scale1)
         return x + self._branch(self.mlp(self.norm2(x)), self.scale2)
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from umbif.encoders.pooling import masked_mean
 from umbif.encoders.position import MillimetrePosition, RotaryPosition
@@ -70,7 +69,6 @@ class ViT3D(nn.Module):
             "layer_scale": layer_scale,
         }  # fmt: skip
         self.patch_size, self.embed_dim, self.voxel_mm = patch_size, embed_dim, patch_mm / patch_size
-        self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(patch_size**3, embed_dim)
         self.rotary = RotaryPosition(embed_dim // num_heads, patch_mm) if position == "rotary" else None
         self.position = MillimetrePosition(embed_dim, patch_mm) if position == "sincos" else None
@@ -79,8 +77,12 @@ class ViT3D(nn.Module):
         self.registers = nn.Parameter(torch.zeros(1, num_registers, embed_dim))
         dropped = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, layer_scale=layer_scale, drop_path=drop) for drop in dropped
-        )
+            Block(
+                embed_dim, num_heads, mlp_ratio, layer_scale=layer_scale, drop_path=drop,
+                recomputed=activation_checkpointing,
+            )
+            for drop in dropped
+        )  # fmt: skip
         self.norm = norm(embed_dim)
         self.apply(initialise)
         nn.init.normal_(self.registers, std=0.02)
@@ -102,10 +104,8 @@ class ViT3D(nn.Module):
         tokens = torch.cat([self.registers.expand(len(tokens), -1, -1), tokens], dim=1)  # (B, R + V, E)
         mask = key_mask(patches.valid, num_registers)
         rotation = self.rotary(patches.position_mm, num_registers) if self.rotary is not None else None
-        twice = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            arguments = (tokens, mask, rotation)
-            tokens = checkpoint(block, *arguments, use_reentrant=False) if twice else block(*arguments)
+            tokens = block(tokens, mask, rotation)
         tokens = self.norm(tokens)[:, num_registers:]
         return tokens, patches.valid, masked_mean(tokens, patches.valid)
 
