@@ -317,6 +317,8 @@ def _item(node: Any, name: Any, key: str, failed: dict[str, Exception]) -> Any:
     except (MissingMandatoryValue, InterpolationToMissingValueError):
         return MISSING
     except OmegaConfBaseException as error:
+        if RecursionError.__name__ in str(error):  # OmegaConf wraps one or not, by where the stack ends
+            raise RecursionError from None
         failed[key] = error
         return None
 
