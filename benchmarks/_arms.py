@@ -48,15 +48,17 @@ class Arm:
 PRETRAINED = {
     "placebo": Arm("the hybrid on shuffled voxels", "placebo"),
     "mae": Arm("reconstruction alone", overrides=("model.contrast_weight=0",)),
-    "contrast": Arm("contrast alone", overrides=("model.reconstruction_weight=0", "model.contrast_weight=1")),
+    "contrast": Arm("contrast alone, of all channels", overrides=(
+        "model.reconstruction_weight=0", "model.contrast_weight=1", "model.contrast.channel_share=1")),
     "umbif": Arm("the hybrid"),
     "ssl_cerebral": Arm("the hybrid on large crops around tumours", overrides=(
         "data.around_tumour=true", "data.crop_size=[64,64,64]")),
 }  # fmt: skip
 ABLATED = {
-    "light": Arm("contrast weight .002", overrides=("model.contrast_weight=0.002",)),
+    "all_channels": Arm("all channels compared", overrides=("model.contrast.channel_share=1",)),
+    "light": Arm("contrast weight .005", overrides=("model.contrast_weight=0.005",)),
     "heavy": Arm("contrast weight .02", overrides=("model.contrast_weight=0.02",)),
-    "cold": Arm("temperature .1", overrides=("model.contrast.temperature=0.1",)),
+    "cold": Arm("temperature .2", overrides=("model.contrast.temperature=0.2",)),
     "whole": Arm("whole views compared, not sequences", overrides=("model.contrast.unit=view",)),
     "scattered": Arm("each view at a place of its own", overrides=("data.exams_per_place=0",)),
     "more": Arm("64 patches seen", overrides=("model.masking.num_visible=64",)),
@@ -69,7 +71,7 @@ ABLATED = {
 }  # fmt: skip
 UNTRAINED = {"untrained": "the same encoder with its first weights", "cnn": "an untrained EfficientNet-B0, at 4 mm"}
 SUPERVISED = {"supervised": "untrained", "supervised_cnn": "cnn"}  # taught all labels, from these first weights
-COURSES = {"supervised": Course(num_steps=600, lr=1e-3), "supervised_cnn": Course(num_steps=100, lr=1e-3, budget=2)}
+COURSES = {"supervised": Course(num_steps=2400, lr=3e-4), "supervised_cnn": Course(num_steps=100, lr=1e-3, budget=2)}
 BASELINES: dict[str, Callable[[], Describer]] = {"histogram": Histogram, "raw": Raw}
 TRUTH = "truth"
 ABOUT = {

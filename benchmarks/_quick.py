@@ -23,7 +23,7 @@ from umbif.fit import fit
 from umbif.recipe import compose
 
 Array = npt.NDArray[Any]
-NUM_UNLABELLED, NUM_CLINIC, NUM_STEPS, WARMUP = 64, 100, 300, 30
+NUM_UNLABELLED, NUM_CLINIC, NUM_STEPS, WARMUP = 64, 100, 600, 30
 NUM_LABELS = 32
 EXPECTED_GAIN = 0.10  # of accuracy
 FAMILY = {T1: 0, T1CE: 0, T2: 1, FLAIR: 2}

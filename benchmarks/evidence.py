@@ -167,7 +167,8 @@ def tuning(path: Path) -> Iterator[list[str]]:
     asked = [task.name for task in TASKS if task.name in PRIMARY_TASKS or task.name == "head size"]
     yield ["", "steps", *asked]
     for tried in map(json.loads, path.read_text().splitlines()):
-        yield [tried["about"], str(tried["steps"]), *(f"{tried['scores'][task]:.2f}" for task in asked)]
+        scores = [tried["scores"].get(task) for task in asked]
+        yield [tried["about"], str(tried["steps"]), *("–" if one is None else f"{one:.2f}" for one in scores)]
 
 
 def runs(*results: Cells) -> Iterator[list[str]]:

@@ -32,7 +32,10 @@ def moved(units: Units, slot: int = 0, person: int = 0, rank: int = 0, world_siz
 def same_contrast(queue_size: int = 0) -> Contrast:
     """The same weights in every process."""
     torch.manual_seed(5)
-    return Contrast(6, ContrastOptions(extreme_share=None, projector_dim=5, projector_depth=2, queue_size=queue_size))
+    options = ContrastOptions(
+        extreme_share=None, channel_share=1, projector_dim=5, projector_depth=2, queue_size=queue_size
+    )
+    return Contrast(6, options)
 
 
 def contrast_of_rank(rank: int, world_size: int, folder: Path) -> None:

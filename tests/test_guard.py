@@ -20,7 +20,8 @@ from umbif.stream.exams import Exams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*self.log.*trainer", "ignore:.*isinstance.treespec.*")
 METHODS = {
-    "hybrid": {}, "mae": {"contrast_weight": 0.0}, "simclr": {"reconstruction_weight": 0.0},
+    "hybrid": {}, "mae": {"contrast_weight": 0.0},
+    "simclr": {"reconstruction_weight": 0.0, "contrast": ContrastOptions(projector_dim=16, channel_share=1)},
     "moco": {"ema_decay": 0.9, "contrast": ContrastOptions(projector_dim=16, queue_size=32)},
 }  # fmt: skip
 

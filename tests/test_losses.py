@@ -91,7 +91,7 @@ def test_a_view_costs_the_mean_of_its_sequences_that_have_a_sibling():
     units, contrast = contrast_batch(num_units=2), same_contrast()
     both = contrast(units).view(6, 2)
     z = contrast.projected(units)
-    each, asked = info_nce(z, z, units.who, units.who, temperature=0.2)
+    each, asked = info_nce(z, z, units.who, units.who, temperature=contrast.options.temperature)
     each = each.view(6, 2, 2)  # exams, views, sequences
     assert asked.view(6, 2, 2)[2].tolist() == [[True, False]] * 2
     assert torch.allclose(both[2], each[2, :, 0])
@@ -116,6 +116,17 @@ def test_units_pool_the_tokens_of_each_sequence_and_name_their_owners(corpus):
     assert torch.allclose(each.features[1, 0, : tokens.shape[-1]], own.mean(0), atol=1e-5)
     num = math.ceil(0.1 * len(own))
     assert torch.allclose(each.features[1, 0, -tokens.shape[-1] :], own.sort(0).values[:num].mean(0), atol=1e-5)
+
+
+def test_the_contrast_looks_at_the_first_channels_alone(corpus):
+    exams = views(corpus, range(3))
+    module = small_umbif(contrast=ContrastOptions(projector_dim=16, channel_share=0.25))
+    patches = gather(exams, patch_grid(exams, 8), *choose(patch_grid(exams, 8)))
+    tokens, valid, _ = module.encoder(patches)
+    tokens = tokens.detach().requires_grad_()
+    module.contrast(module.contrast.units(tokens, valid, patches, exams)).sum().backward()
+    asked = tokens.grad.abs().amax((0, 1)) > 0
+    assert asked.tolist() == [channel < tokens.shape[-1] // 4 for channel in range(tokens.shape[-1])]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -168,7 +179,8 @@ def test_the_moving_average_keeps_its_share_and_never_a_gradient():
 
 
 def test_keys_of_a_moving_average_get_no_gradient():
-    contrast, units = Contrast(6, ContrastOptions(projector_dim=5, extreme_share=None)), contrast_batch()
+    options = ContrastOptions(projector_dim=5, extreme_share=None, channel_share=1)
+    contrast, units = Contrast(6, options), contrast_batch()
     keys = torch.randn(len(units.features), 5, requires_grad=True)
     contrast(units, keys.detach()).sum().backward()
     assert keys.grad is None

@@ -22,8 +22,9 @@ STEPS = 30
 pytestmark = pytest.mark.filterwarnings("ignore:.*self.log.*trainer", "ignore:.*isinstance.treespec.*")
 NOTHING = Augmentation(0, 0, 0, 0)
 MOCO = {"ema_decay": 0.9, "contrast": ContrastOptions(projector_dim=16, queue_size=32)}
+ALONE = {"reconstruction_weight": 0.0, "contrast": ContrastOptions(projector_dim=16, channel_share=1)}
 METHODS = {
-    "hybrid": {}, "mae": {"contrast_weight": 0.0}, "simclr": {"reconstruction_weight": 0.0},
+    "hybrid": {}, "mae": {"contrast_weight": 0.0}, "simclr": ALONE,
     "joint": {"decoder": DecoderShape("joint", 48, 1, 4)}, "moco": MOCO,
     "mae average": {"contrast_weight": 0.0, "ema_decay": 0.9},
 }  # fmt: skip
@@ -47,16 +48,17 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(batch):
     assert losses.total.shape == (len(batch),)
     assert torch.allclose(losses.total, 2.0 * losses.parts["reconstruction"] + 0.3 * losses.parts["contrast"])
     assert set(small_umbif(contrast_weight=0.0).losses(batch).parts) == {"reconstruction"}
-    assert set(small_umbif(reconstruction_weight=0.0).losses(batch).parts) == {"contrast"}
+    assert set(small_umbif(**ALONE).losses(batch).parts) == {"contrast"}
 
 
 def test_an_untrained_model_is_at_chance(corpus):
     """Of a target with variance 1, a prediction near 0 misses 1; of n keys that look alike, one is right by log n.
 
-    Projections are standardised and not alike, so the contrast starts somewhat above.
+    Projections are standardised and not alike, so a cold contrast starts somewhat above.
     """
+    cold = ContrastOptions(projector_dim=16, channel_share=1, temperature=0.2)
     batches = [views(corpus, range(at, at + 5)) for at in range(0, 100, 5)]  # one of ten views says little
-    parts = [small_umbif(normalise_targets=True).losses(batch).parts for batch in batches]
+    parts = [small_umbif(normalise_targets=True, contrast=cold).losses(batch).parts for batch in batches]
     mean = {name: torch.stack([of[name].detach().mean() for of in parts]).mean() for name in parts[0]}
     assert mean["reconstruction"] == pytest.approx(1.0, abs=0.2)
     assert mean["contrast"] == pytest.approx(math.log(len(batches[0]) - 2), abs=1.0)
@@ -164,6 +166,8 @@ def test_compiled_blocks_give_the_same_losses_and_gradients(batch, recomputed):
     [
         ({"encoder": "cnn"}, r"reconstruction_weight=1 needs an encoder that can leave patches out: got CNN3D"),
         ({"reconstruction_weight": 0.0, "contrast_weight": 0.0}, "nothing to learn"),
+        ({"reconstruction_weight": 0.0}, r"channel_share=0\.25 leaves channels that nothing teaches"),
+        ({"contrast": ContrastOptions(channel_share=1.5)}, r"must lie above 0, and not above 1: got 1\.5"),
         ({"contrast": ContrastOptions(queue_size=8)}, r"queue_size=8 needs model\.ema_decay"),
         ({"decoder": DecoderShape("cross", 50, 1, 4)}, r"4 heads cannot share a width of 50\. The nearest width is 48"),
     ],

@@ -31,6 +31,9 @@ class ContrastOptions:
     Args:
         unit: What is compared: each `view`, or each `sequence` of a view.
         extreme_share: Share of a unit's tokens whose extremes are compared beside their mean; null for the mean alone.
+        channel_share: Share of a token's channels that are compared, the first ones. A contrast lets the directions
+            collapse that views do not share (Jing et al. 2022, arXiv:2110.09348); the other channels keep them for
+            the reconstruction. 1 for all.
         temperature: Of the softmax.
         projector_dim: D.
         projector_hidden: Width of the projector's hidden layers; null for twice the encoder's.
@@ -41,7 +44,8 @@ class ContrastOptions:
 
     unit: Unit = "sequence"
     extreme_share: float | None = 0.04
-    temperature: float = 0.2
+    channel_share: float = 0.25
+    temperature: float = 0.5
     projector_dim: int = 128
     projector_hidden: int | None = None
     projector_depth: int = 3
@@ -61,7 +65,8 @@ class Contrast(nn.Module):
         super().__init__()
         hidden = options.projector_hidden or 2 * width
         self.options = options
-        features = width if options.extreme_share is None else 3 * width
+        self.num_channels = max(1, round(options.channel_share * width))
+        features = self.num_channels if options.extreme_share is None else 3 * self.num_channels
         self.projector = projector(features, hidden, options.projector_dim, options.projector_depth)
         self.queue = Queue(options.queue_size, options.projector_dim)
 
@@ -91,7 +96,8 @@ class Contrast(nn.Module):
 
     def units(self, tokens: Tensor, valid: Tensor, patches: Patches, exams: Exams) -> Units:
         """What is compared of the tokens of a batch, see `Units.of`."""
-        return Units.of(tokens, valid, patches, exams, self.options.unit, self.options.extreme_share)
+        compared = tokens[..., : self.num_channels]
+        return Units.of(compared, valid, patches, exams, self.options.unit, self.options.extreme_share)
 
     def projected(self, units: Units, projector: nn.Module | None = None) -> Tensor:
         """(R, D) by the own projector, or by that of a moving average."""

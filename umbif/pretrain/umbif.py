@@ -72,7 +72,7 @@ class UMBIF(pl.LightningModule):
         contrast: ContrastOptions = ContrastOptions(),  # noqa: B008
         reconstruction_weight: float = 1.0,
         normalise_targets: bool = False,
-        contrast_weight: float = 0.005,
+        contrast_weight: float = 0.01,
         ema_decay: float | None = None,
         augmentation: Augmentation = Augmentation(hide_name=0.1),  # noqa: B008
         lr: float = 1.5e-4,
@@ -259,6 +259,17 @@ def refuse_impossible(
         )
     if not reconstruction_weight and not contrast_weight:
         problems.append(Problem("reconstruction_weight and contrast_weight are both 0: there is nothing to learn"))
+    if not 0 < contrast.channel_share <= 1:
+        got = f"{contrast.channel_share:g}"
+        problems.append(Problem("model.contrast.channel_share must lie above 0, and not above 1", got))
+    elif contrast.channel_share < 1 and contrast_weight and not reconstruction_weight:
+        problems.append(
+            Problem(
+                f"model.contrast.channel_share={contrast.channel_share:g} leaves channels that nothing teaches",
+                "reconstruction_weight=0",
+                "A contrast alone has to compare all of them: set it to 1",
+            )
+        )
     if contrast.queue_size and ema_decay is None:
         problems.append(
             Problem(

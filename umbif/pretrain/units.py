@@ -62,7 +62,7 @@ class Units:
         """Pools tokens.
 
         Args:
-            tokens: (B, V, E).
+            tokens: (B, V, E), of as many channels as are compared.
             valid: (B, V) bool.
             patches: What the tokens are of; a convolution makes several tokens of each.
             exams: The batch.
