@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from _evidence import BEFORE, HYBRID, PRIMARY_TASKS, SMALLEST_GAIN, Cells, difference, mean, probe_of
+from _evidence import ALONE, BEFORE, HYBRID, PRIMARY_TASKS, SMALLEST_GAIN, Cells, difference, mean, probe_of
 from _tasks import METRIC, TASKS, Task
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def draw_labels(cells: Cells) -> Figure:
     """Scores over the number of labelled exams."""
     figure = Figure(figsize=(12.5, 5.6), layout="constrained")
     tasks = [task for task in TASKS if task.name in BY_LABELS]
-    arms = [arm for arm in (HYBRID, *BEFORE, "histogram") if arm in cells.arms]
+    arms = [arm for arm in (HYBRID, *BEFORE, *ALONE, "histogram") if arm in cells.arms]
     for axes, task in zip(figure.subplots(2, 3).flatten(), tasks, strict=True):
         for (color, dashes), arm in zip(STYLES, arms, strict=False):
             curve(axes, cells, arm, task, color, dashes)

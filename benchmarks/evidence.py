@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from _arms import ABLATED, ABLATION_STEPS, ABOUT, ARMS, NUM_STEPS, SUPERVISED, TRUTH
 from _cells import NUM_LABELS, read_cells
 from _cohort import FULL
@@ -16,9 +17,11 @@ from _evidence import (
     BEFORE,
     HYBRID,
     PRIMARY_LABELS,
+    PRIMARY_PROBE,
     PRIMARY_TASKS,
     SMALLEST_DIFFERENCE,
     SMALLEST_GAIN,
+    Cell,
     Cells,
     difference,
     gains,
@@ -41,21 +44,23 @@ from umbif.evaluation.statistics import Estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+LEARN, ABLATION, FIRST, TUNING = "learn.jsonl", "ablation.jsonl", "learn_first.jsonl", "tuning.jsonl"
 TEMPLATE = Path(__file__).parent / "_evidence.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description="Writes docs/evidence.md from the results of learn.py")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of learn, ablation and tuning.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args(argv)
-    cells, ablated = (in_order(args.results / name) for name in ("learn.jsonl", "ablation.jsonl"))
+    cells, ablated, first = (in_order(args.results / name) for name in (LEARN, ABLATION, FIRST))
     (args.docs / "figures").mkdir(parents=True, exist_ok=True)
     draw_scores(cells).savefig(args.docs / "figures" / "evidence_scores.svg")
     draw_gains(cells).savefig(args.docs / "figures" / "evidence_gains.svg")
     draw_labels(cells).savefig(args.docs / "figures" / "evidence_labels.svg")
-    parts = parts_of(cells, ablated) | {"tuning": table(tuning(args.results / "tuning.jsonl"))}
+    earlier = {"first": verdict(first), "tuning": table(tuning(args.results / TUNING))}
+    parts = parts_of(cells, ablated) | earlier
     (args.docs / "evidence.md").write_text(TEMPLATE.read_text().format(**parts))
     print(verdict(cells))
 
@@ -78,12 +83,13 @@ def parts_of(cells: Cells, ablated: Cells) -> dict[str, str]:
         "finetuned": table(finetuned(cells)),
         "bounds": table(bounds(cells)),
         "ablations": table(ablations(ablated)),
-        "knn": table(scores(cells, probe="knn")),
-        "labels": table(by_labels(cells)),
+        "knn": table(scores(cells, "knn")),
+        "few": table(scores(cells, "linear", NUM_LABELS[0])), "most": table(scores(cells, "linear", NUM_LABELS[-1])),
         "null": f"{missed} of {num} intervals miss one half; with 5% to be expected, {low} to {high} would.",
         "overlap": f"{seen:.2f} where their first one was labelled, {unseen:.2f} where as many of others were",
         "num_people": str(num_people),
         "runs": table(runs(cells, ablated)),
+        "num_few": str(NUM_LABELS[0]), "num_most": str(NUM_LABELS[-1]),
         "smallest": f"{SMALLEST_GAIN:.2f}", "tie": f"{SMALLEST_DIFFERENCE:.2f}",
         "num_labels": str(PRIMARY_LABELS), "unlabelled": str(FULL.unlabelled),
         "num_tuned": str(NUM_TUNED), "num_draws": str(NUM_DRAWS), "num_steps": str(COURSE.num_steps),
@@ -92,11 +98,11 @@ def parts_of(cells: Cells, ablated: Cells) -> dict[str, str]:
     }
 
 
-def scores(cells: Cells, probe: str | None = None) -> Iterator[list[str]]:
-    """Of every arm on every task."""
+def scores(cells: Cells, probe: str = PRIMARY_PROBE, num_labels: int = PRIMARY_LABELS) -> Iterator[list[str]]:
+    """Of every arm on every task; retrieval has neither probe nor labels."""
     yield ["task", "", *(f"`{arm}`" for arm in cells.arms)]
     for task in TASKS:
-        which = (probe, PRIMARY_LABELS) if probe and task.name != "retrieval" else probe_of(task.name)
+        which = probe_of(task.name) if task.name == "retrieval" else (probe, num_labels)
         found = [mean(cells, arm, task.name, *which) for arm in cells.arms]
         known = [one for arm, one in zip(cells.arms, found, strict=True) if one is not None and arm != TRUTH]
         name = f"*{task.name}*" if task.is_trivial else task.name
@@ -114,16 +120,6 @@ def gains_of(cells: Cells) -> Iterator[list[str]]:
             found = [difference(cells, HYBRID, other, task.name, *probe_of(task.name)) for other in others]
             yield [task.name, METRIC[task.kind], *(told(one, sign="+") for one in found),
                    "yes" if is_gain(cells, task.name, by_task[task.name]) else "no"]  # fmt: skip
-
-
-def by_labels(cells: Cells) -> Iterator[list[str]]:
-    """The hybrid and what it has to beat, by the number of labelled exams."""
-    arms = [arm for arm in (*BEFORE, HYBRID, "histogram") if arm in cells.arms]
-    yield ["task", *(f"`{arm}`, {num}" for num in NUM_LABELS for arm in arms)]
-    for task in TASKS:
-        if task.name in PRIMARY_TASKS and task.name != "retrieval":
-            found = [mean(cells, arm, task.name, "linear", num) for num in NUM_LABELS for arm in arms]
-            yield [task.name, *(number(one) for one in found)]
 
 
 def finetuned(cells: Cells) -> Iterator[list[str]]:
@@ -172,10 +168,14 @@ def tuning(path: Path) -> Iterator[list[str]]:
 
 
 def runs(*results: Cells) -> Iterator[list[str]]:
-    """Where the numbers come from."""
-    yield ["arm", "seed", "minutes", "commit", "hardware"]
+    """Where the numbers come from, a line for each arm, commit and machine."""
+    yield ["arm", "seeds", "minutes, each", "commit", "hardware"]
+    alike: dict[tuple[str, ...], list[Cell]] = {}
     for run in (run for cells in results for run in cells.runs):
-        yield [f"`{run['arm']}`", str(run["seed"]), f"{run['minutes']:.0f}", str(run["commit"]), run["hardware"]]
+        alike.setdefault((run["arm"], run["commit"], run["hardware"]), []).append(run)
+    for (arm, commit, hardware), of in alike.items():
+        seeds = ", ".join(str(run["seed"]) for run in of)
+        yield [f"`{arm}`", seeds, f"{np.mean([run['minutes'] for run in of]):.0f}", commit, hardware]
 
 
 def told(of: Estimate | None, sign: str = "") -> str:
