@@ -52,6 +52,15 @@ def test_hardware_that_is_not_there_is_answered_and_claims_no_folder(
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
+def test_a_strategy_that_this_hardware_cannot_have_is_answered(
+    corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    wrong = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", "trainer.strategy=fsdp"]
+    code, _, err = run([*FIT, *wrong], monkeypatch, capsys)
+    assert code == 2
+    assert "this machine cannot do what trainer asks: got The strategy `fsdp` requires a GPU" in err
+
+
 def test_a_corrupt_yaml_file_is_answered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -47,6 +47,13 @@ def test_every_recipe_trains_exports_and_warns_of_nothing(corpus_folder, name, t
     assert (run / "metrics.csv").read_text().count("\n") >= 3
 
 
+def test_a_run_without_checkpoints_writes_none(corpus_folder, tmp_path):
+    """Lightning adds a callback of its own, unless it is told."""
+    run = fit(small_recipe("pretrain/umbif_tiny", corpus_folder, tmp_path / "run", "callbacks.checkpoint=null"))
+    assert not list(run.rglob("state.ckpt"))
+    assert (run / "encoder").exists()
+
+
 def test_half_precision_is_clipped_too(corpus_folder, tmp_path):
     """Lightning refuses to clip for a fused optimiser under bf16-mixed; the method clips itself."""
     less = ["callbacks.monitors=null", "data.num_val_exams=0", "data.global_batch_size=2"]  # it is slow on a CPU

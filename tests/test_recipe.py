@@ -446,17 +446,25 @@ def test_a_recipe_of_one_class_is_checked_and_built_in_the_same_way(root):
 
 
 def test_what_is_built_holds_the_values_of_the_recipe(root):
-    csv = "trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, save_dir: x}"
+    simple = "trainer.profiler={class_path: lightning.pytorch.profilers.SimpleProfiler, filename: x}"
     heads = "model.heads=[{class_path: recipe_toys.Conv, width: 5}]"
-    built = build(compose("pretrain/tiny", ["model.lr=1", "model.schedule.warmup=9", "run.seed=4", csv, heads]))
+    built = build(compose("pretrain/tiny", ["model.lr=1", "model.schedule.warmup=9", "run.seed=4", simple, heads]))
     assert (built.model.lr, built.model.decoder_dim, built.model.encoder.size) == (1.0, 16, (2, 2, 2))
     assert (built.model.schedule.warmup, built.model.schedule.decay) == (9, 0.5)
     assert built.model.tops[0].width == 5
     assert built.data.corpus == "/corpus"
     assert built.callbacks["beat"].every_n_steps == 3
-    assert built.trainer_args.pop("logger").__class__.__name__ == "CSVLogger"
+    assert built.trainer_args.pop("profiler").__class__.__name__ == "SimpleProfiler"
     assert built.trainer_args == {"accelerator": "cpu", "devices": 1, "max_steps": 7}
     assert (built.run.dir, built.run.seed) == ("runs/tiny", 4)
+
+
+def test_what_the_trainer_is_given_anyway_is_refused_with_what_to_set_instead(root):
+    assert problems_of("pretrain/tiny", "trainer.logger=false", "trainer.gradient_clip_val=1", "trainer.devises=2") == [
+        "trainer.logger is no value of a recipe. metrics.csv and TensorBoard are written always",
+        "trainer.gradient_clip_val is no value of a recipe. Set model.gradient_clip",
+        "unknown key trainer.devises. Did you mean devices?",
+    ]
 
 
 def test_a_callback_set_to_null_is_dropped(root):

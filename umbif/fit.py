@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -147,13 +148,13 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
                 **options,
             },
             use_distributed_sampler=False,  # Lightning's own shuffles even where it was told not to
-            enable_checkpointing=True,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # else it adds one
             default_root_dir=str(folder),
             logger=loggers,
             plugins=[AtomicCheckpointIO()],
             callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ValueError) as error:
         cure = "Run it where that hardware is, or choose another part, such as hardware=cpu"
         raise UsageError(Problem("this machine cannot do what trainer asks", _first_line(error), cure)) from error
 

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 TRAINING_KEYS = ("run", "model", "data", "trainer", "callbacks")
+# Arguments of Lightning's Trainer that UMBIF gives itself, and what to set instead.
+TRAINER_OWN = {
+    "callbacks": "Name them under callbacks, as name: class_path …",
+    "logger": "metrics.csv and TensorBoard are written always",
+    "plugins": "Checkpoints are written by callbacks.checkpoint",
+    "default_root_dir": "Set run.dir",
+    "enable_checkpointing": "Set callbacks.checkpoint=null to go without",
+    "use_distributed_sampler": "The stream shares itself out",
+    "gradient_clip_val": "Set model.gradient_clip",
+    "gradient_clip_algorithm": "The norm is clipped, to model.gradient_clip",
+}
 REQUIRED = "the following arguments are required: "
 
 
@@ -103,7 +114,14 @@ def _check_training(tree: Mapping[str, Any]) -> list[Problem]:
             problems += _check_node(node, f"callbacks.{name}", Callback)
     else:
         problems.append(Problem("callbacks must be name: class_path …", _short(tree["callbacks"])))
-    return problems + _check_arguments(Trainer, tree.get("trainer"), "trainer", skip={"callbacks"})
+    return problems + _check_trainer(Trainer, tree.get("trainer"))
+
+
+def _check_trainer(target: Callable[..., Any], arguments: Any) -> list[Problem]:
+    own = [name for name in TRAINER_OWN if isinstance(arguments, Mapping) and name in arguments]
+    problems = [Problem(f"trainer.{name} is no value of a recipe", cure=TRAINER_OWN[name]) for name in own]
+    rest = {name: arguments[name] for name in arguments if name not in own} if own else arguments
+    return problems + _check_arguments(target, rest, "trainer", skip=TRAINER_OWN)
 
 
 def _check_node(node: Any, key: str, base: type | None) -> list[Problem]:
@@ -211,7 +229,7 @@ def _training_parser(tree: Mapping[str, Any]) -> "ArgumentParser":
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
     for name in _callbacks(tree):
         parser.add_subclass_arguments(Callback, f"callbacks.{name}", fail_untyped=False, required=True)
-    parser.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False, skip={"callbacks"})
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, fail_untyped=False, skip={*TRAINER_OWN})
     return parser
 
 
