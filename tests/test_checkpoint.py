@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -193,6 +194,7 @@ class Saves:
     def __init__(self, folder: Path, global_step: int = 0) -> None:
         self.default_root_dir, self.global_step = str(folder), global_step
         self.saved: list[int] = []
+        self.fit_loop = MagicMock()
 
     def save_checkpoint(self, path: Path) -> None:
         self.saved.append(self.global_step)

@@ -24,6 +24,7 @@ FIT = ("fit", "pretrain/umbif_tiny")
         (["prepare", "/nowhere.parquet"], ["/nowhere.parquet", "umbif index"]),
         (["report", "/nowhere"], ["/nowhere"]),
         (["cp", "pretrain/umbif_tini", "x.yaml"], ["Did you mean pretrain/umbif_tiny?"]),
+        (["fit", "prepare/brain_2mm"], ["trains nothing", "umbif ls pretrain"]),
         (["ls", "pretrian"], ["pretrian", "Did you mean pretrain?"]),
     ],
 )
@@ -93,6 +94,41 @@ def test_a_run_is_not_continued_with_another_model(
     assert code == 0
     assert "nothing to do" in out
     assert run([*FIT, *small, "trainer.max_steps=3"], monkeypatch, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(("steps", "got"), [("-1", "-1"), ("null", "nothing")])
+def test_a_run_without_a_number_of_steps_is_refused(
+    steps: str, got: str, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run([*FIT, f"data.corpus={corpus_folder}", f"trainer.max_steps={steps}"], monkeypatch, capsys)
+    assert code == 2
+    assert f"trainer.max_steps must be a number of steps, 0 or more: got {got}" in err
+
+
+def test_the_next_command_can_be_typed_whatever_a_folder_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.following(cli.typed("umbif", "fit", "a", "data.corpus=my [new] corpus"))
+    assert "umbif fit a 'data.corpus=my [new] corpus'" in capsys.readouterr().out
+
+
+def test_the_next_command_after_a_copy_names_the_file_that_was_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(["cp", "pretrain/umbif_tiny", "mine"], monkeypatch, capsys)
+    assert code == 0
+    assert "umbif check mine.yaml" in out
+
+
+def test_an_interrupted_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(group: str | None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("umbif.recipe.list_recipes", interrupted)
+    code, _, err = run(["ls"], monkeypatch, capsys)
+    assert code == 130
+    assert "interrupted" in err
 
 
 def test_a_run_has_one_writer(

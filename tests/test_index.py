@@ -279,7 +279,7 @@ def test_rows_of_one_exam_that_agree_become_one_and_torn_columns_are_left_out(tm
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ID,idh\nQ1,0\n", "No row of labels.csv belongs to an exam.*such as P-01"),
+        ("ID,idh\nQ1,0\n", "No row of labels.csv belongs to an exam.*of the form A-99"),
         ("weight,grade\n1,2\n2,3\n", "No row"),
         ("ID,shape\nP-01,round\n", "has: got shape. Rename"),
         ("ID,idh\nP-01,0\nP-1,1\n", "ambiguous"),

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from small import small_recipe
+
+from umbif.errors import Stopped, UmbifError
+from umbif.fit import fit
+from umbif.recipe import Recipe
 
 STEPS = 24
 
@@ -37,11 +42,48 @@ def test_killed_in_a_step_and_in_a_save_ends_bit_for_bit_the_same(
 
 def test_metrics_of_a_resumed_run_have_no_seam(corpus_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "cut"
-    kill_when(start(corpus_folder, run), lambda: saved_steps(run) >= 8 and num_rows(run) > 9)
+    process = start(corpus_folder, run)
+    kill_when(process, lambda: saved_steps(run) >= 8 and num_rows(run) > 9, signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM  # 0 would pass for finished work
     assert start(corpus_folder, run).wait() == 0
     ours, theirs = (pd.read_csv(folder / "metrics.csv") for folder in (run, undisturbed))
     assert ours["step"].tolist() == theirs["step"].tolist()
     assert ours["train/loss"].tolist() == theirs["train/loss"].tolist()
+
+
+def test_a_run_that_is_made_longer_logs_step_after_step(corpus_folder: Path, tmp_path: Path) -> None:
+    for num_steps in (3, 4, 8):  # it validates every second step
+        run = fit(small(corpus_folder, tmp_path, num_steps))
+    assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [*range(8)]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(corpus_folder: Path, tmp_path: Path) -> None:
+    run = fit(small(corpus_folder, tmp_path, 3))
+    for state in run.glob("checkpoints/*/state.ckpt"):
+        state.write_bytes(b"torn")
+    with pytest.raises(UmbifError, match=r"All 1 checkpoints of .* are damaged.*give another run\.dir"):
+        fit(small(corpus_folder, tmp_path, 5))
+    assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [0, 1, 2]
+
+
+def test_a_run_that_is_interrupted_says_where_and_how_it_goes_on(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("umbif.scale.callbacks.TrainingProgress.on_train_batch_end", pressed)
+    with pytest.raises(Stopped, match=r"Ended by SIGINT at step 1\. The same command goes on") as stopped:
+        fit(small(corpus_folder, tmp_path, 3))
+    signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    assert stopped.value.exit_code == 130
+
+
+def small(corpus: Path, folder: Path, num_steps: int) -> Recipe:
+    """A run in this process, of which the cosine does not depend on its length."""
+    less = ["data.num_val_exams=0", "callbacks.monitors=null", "model.max_steps=10"]
+    return small_recipe("pretrain/umbif_tiny", corpus, folder / "run", *less, max_steps=num_steps)
 
 
 def start(corpus: Path, run: Path) -> "subprocess.Popen[bytes]":
@@ -55,11 +97,13 @@ def start(corpus: Path, run: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
-def kill_when(process: "subprocess.Popen[bytes]", happened: Callable[[], bool]) -> None:
+def kill_when(
+    process: "subprocess.Popen[bytes]", happened: Callable[[], bool], by: signal.Signals = signal.SIGKILL
+) -> None:
     while not happened():
         assert process.poll() is None, "the run ended before the kill"
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(by)
     process.wait()
 
 

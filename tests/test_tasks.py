@@ -66,6 +66,15 @@ def test_nobody_is_in_two_parts() -> None:
     assert sorted(np.concatenate(list(parts.values()))) == np.flatnonzero(y != MISSING).tolist()
 
 
+def test_a_person_whom_a_later_table_finds_on_both_sides_is_refused() -> None:
+    exams = pd.DataFrame({"person": list("abcdefah"), "split": ["train"] * 6 + ["test"] * 2})
+    y = np.array([0, 1, 0, 1, 0, 1, 0, 1])
+    with pytest.raises(UsageError, match=r"training part are test people too: got 1 of them.*umbif index --labels"):
+        split_rows(exams, y, val_fraction=0.5, seed=0)
+    y[0] = MISSING  # and so nothing that could be learnt
+    assert split_rows(exams, y, val_fraction=0.5, seed=0)["test"].tolist() == [6, 7]
+
+
 def test_a_task_with_one_class_in_its_test_set_is_refused() -> None:
     exams = pd.DataFrame({"person": list("abcdef"), "split": ["train"] * 4 + ["test"] * 2})
     with pytest.raises(UsageError, match=r"test part.*2 positive, 0 negative"):

@@ -3,6 +3,8 @@
 Heavy libraries are imported inside the verbs, so that `umbif --help` answers at once.
 """
 
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +15,7 @@ from umbif import __version__
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.progress import console
 
+INTERRUPTED = 128 + signal.SIGINT
 app = typer.Typer(
     name="umbif",
     help="From folders of brain MRI to a pretrained 3D encoder and its clinical evaluation.",
@@ -58,7 +61,7 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
     from umbif.recipe import show as rendered
 
     print(rendered(compose(recipe, overrides or [])))
-    following(f"umbif check {recipe}")
+    following(typed("umbif", "check", recipe))
 
 
 @app.command(epilog=example("umbif cp pretrain/umbif_vitb mine.yaml", "umbif fit mine.yaml"))
@@ -66,8 +69,9 @@ def cp(recipe: RecipeName, dest: Annotated[Path, typer.Argument(help="The new fi
     """Copies a recipe into one file that depends on nothing else, to edit."""
     from umbif.recipe import flat_copy
 
-    print(f"Wrote {flat_copy(recipe, dest)}")
-    following(f"umbif check {dest}", f"umbif fit {dest}")
+    written = flat_copy(recipe, dest)
+    print(f"Wrote {written}")
+    following(typed("umbif", "check", written), typed("umbif", "fit", written))
 
 
 @app.command(epilog=example("umbif check pretrain/umbif_tiny data.corpus=corpus"))
@@ -76,8 +80,10 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     from umbif.check import check_recipe
     from umbif.recipe import compose
 
-    print(check_recipe(compose(recipe, overrides or [])))
-    following(" ".join(["umbif fit", recipe, *(overrides or [])]))
+    composed = compose(recipe, overrides or [])
+    print(check_recipe(composed))
+    verb = ["fit", recipe] if "model" in composed.tree else ["prepare", "manifest.parquet", "--recipe", recipe]
+    following(typed("umbif", *verb, *(overrides or [])))
 
 
 @app.command(
@@ -106,7 +112,7 @@ def index(
     print(summary(table))
     if earlier is not None:
         print(f"The manifest that stood there is now {earlier}")
-    following(f"umbif prepare {output} -o corpus")
+    following(typed("umbif", "prepare", output, "-o", "corpus"))
 
 
 @app.command(
@@ -138,11 +144,11 @@ def prepare(
         numbers = engine.parse_part(part) if part else (1, 1)
         engine.prepare_corpus(table, output, how, part=numbers, num_workers=workers)
     if part:
-        following(f"umbif prepare {manifest} -o {output} --merge")
+        following(typed("umbif", "prepare", manifest, "-o", output, "--merge"))
         return
     print(engine.merge(table, output))
     fitting = "umbif_tiny" if how.spacing_mm == 2 else "umbif_vitb"
-    following(f"umbif fit pretrain/{fitting} data.corpus={output}")
+    following(typed("umbif", "fit", f"pretrain/{fitting}", f"data.corpus={output}"))
 
 
 @app.command(
@@ -160,11 +166,11 @@ def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
     composed = compose(recipe, overrides or [])
     folder = run(composed)
     if (folder / "predictions.parquet").exists():
-        following(f"umbif report {folder}")
+        following(typed("umbif", "report", folder))
     else:
         group = "demo" if "tiny" in recipe else "finetune"
         corpus = composed.tree["data"]["corpus"]
-        following(f"umbif fit {group}/idh data.corpus={corpus} model.encoder.weights={folder}")
+        following(typed("umbif", "fit", f"{group}/idh", f"data.corpus={corpus}", f"model.encoder.weights={folder}"))
 
 
 @app.command(
@@ -191,7 +197,7 @@ def report(
 
         page = write_report(runs, output or runs[0] / "report.html")
     print(f"Wrote {page}")
-    following(f"python -m webbrowser {page}")
+    following(typed("python", "-m", "webbrowser", page))
 
 
 @app.command(epilog=example("umbif phantom -o phantom", "umbif phantom -o phantom_1mm --exams 4 --spacing 1"))
@@ -210,7 +216,7 @@ def phantom(
     labels = write_phantom(
         output, exams, spacing_mm=spacing, seed=seed, null=null, healthy=healthy, num_workers=workers
     )
-    following(f"umbif index {output} --labels {labels} -o manifest.parquet")
+    following(typed("umbif", "index", output, "--labels", labels, "-o", "manifest.parquet"))
 
 
 @app.command(epilog=example("umbif demo", "umbif demo --null -o runs/null"))
@@ -223,7 +229,7 @@ def demo(
 
     page = run_demo(output, null=null)
     print(f"\nThe report: {page}")
-    following(f"python -m webbrowser {page}", "umbif index YOUR_FOLDER -o manifest.parquet")
+    following(typed("python", "-m", "webbrowser", page), "umbif index YOUR_FOLDER -o manifest.parquet")
 
 
 @app.command(epilog=example("umbif env"))
@@ -236,12 +242,19 @@ def env() -> None:
     print(json.dumps(environment(), indent=2))
 
 
+def typed(*words: object) -> str:
+    """A command as it has to be typed: a path may hold spaces."""
+    return shlex.join(map(str, words))
+
+
 def following(*commands: str) -> None:
     """What to type next; said once, also where a run has many processes."""
+    from rich.markup import escape
+
     from umbif.machine import is_leader
 
     if is_leader():
-        console.print("\n[dim]Next:[/dim]  " + "\n       ".join(commands), markup=True)
+        console.print("\n[dim]Next:[/dim]  " + "\n       ".join(map(escape, commands)), markup=True)
 
 
 def version(wanted: bool) -> None:
@@ -265,6 +278,7 @@ def main() -> None:
     except UmbifError as error:
         print(f"umbif: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("\numbif: interrupted. The same command goes on where it stopped.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # how typer answers Ctrl-C
+            print("\numbif: interrupted. The same command starts it again.", file=sys.stderr)
+        raise

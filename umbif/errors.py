@@ -24,6 +24,19 @@ class UmbifError(Exception):
     exit_code = 1
 
 
+class Stopped(UmbifError):
+    """Somebody ended the work: a person by Ctrl-C, or a system by a signal.
+
+    Args:
+        message: For people.
+        signal: Its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal  # as a shell has it: 0 would pass for finished work
+
+
 class UsageError(UmbifError):
     """What was asked for cannot be meant so. Ends with exit code 2.
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from umbif.encoders.weights import CONFIG
-from umbif.errors import Problem, UmbifError, UsageError
+from umbif.errors import Problem, Stopped, UmbifError, UsageError
 from umbif.machine import is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
@@ -22,7 +23,7 @@ from umbif.recipe import Recipe
 from umbif.recipe_check import Built, build, check
 from umbif.run import open_run, write_provenance
 from umbif.scale.callbacks import TrainingProgress
-from umbif.scale.checkpoint import AtomicCheckpointIO, newest_complete, remove_leftovers
+from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
 from umbif.scale.throughput import Throughput
 from umbif.stream.modules import SlotCounter
@@ -43,13 +44,28 @@ def fit(recipe: Recipe) -> Path:
     problems = check(recipe)
     if problems:
         raise UsageError(problems, recipe.name)
+    max_steps = steps_of(recipe)
     with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
-        max_steps = recipe.tree["trainer"]["max_steps"]
         if finished_steps(folder) >= max_steps:
             console.print(f"{folder} has finished its {max_steps} steps: nothing to do.")
             return folder
         _train(recipe, folder)
     return folder
+
+
+def steps_of(recipe: Recipe) -> int:
+    """How long a recipe trains.
+
+    Raises:
+        UsageError: It does not say, or it is no recipe of a training.
+    """
+    if "model" not in recipe.tree:
+        raise UsageError(Problem(f"{recipe.name} trains nothing", cure="Recipes that do:  umbif ls pretrain"))
+    steps = (recipe.tree.get("trainer") or {}).get("max_steps")
+    if not isinstance(steps, int) or steps < 0:
+        got = "nothing" if steps is None else str(steps)
+        raise UsageError(Problem("trainer.max_steps must be a number of steps, 0 or more", got), recipe.name)
+    return steps
 
 
 def finished_steps(folder: Path) -> int:
@@ -61,7 +77,7 @@ def finished_steps(folder: Path) -> int:
 def _train(recipe: Recipe, folder: Path) -> None:
     if is_leader():
         remove_leftovers(folder / "checkpoints")
-    resume = newest_complete(folder / "checkpoints")
+    resume = to_resume(folder)
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
     check_together(built)
@@ -79,9 +95,28 @@ def _train(recipe: Recipe, folder: Path) -> None:
     log.info("finished at step %s", trainer.global_step)
 
 
+def to_resume(folder: Path) -> Path | None:
+    """The checkpoint that a run goes on from; None for a new one.
+
+    Raises:
+        UmbifError: All that there are have been damaged: to begin anew would lose the run without a word.
+    """
+    resume, found = newest_complete(folder / "checkpoints"), checkpoints(folder / "checkpoints")
+    if resume is None and found:
+        raise UmbifError(
+            f"All {len(found)} checkpoints of {folder} are damaged; log.txt says how. To begin anew, delete "
+            f"{folder / 'checkpoints'} or give another run.dir."
+        )
+    return resume
+
+
 def _fit(trainer: pl.Trainer, built: Built, resume: Path | None) -> None:
     try:
         trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
+    except SystemExit as end:  # Lightning's answer to Ctrl-C and to SIGTERM
+        by = signal.SIGINT if isinstance(end.__context__, KeyboardInterrupt) else signal.SIGTERM
+        ended = f"Ended by {by.name} at step {trainer.global_step}"
+        raise Stopped(f"{ended}. The same command goes on from the last checkpoint.", by) from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

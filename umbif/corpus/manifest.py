@@ -204,10 +204,15 @@ def _match(table: pd.DataFrame, rows: pd.DataFrame, path: Path) -> tuple[dict[st
         if (rank := (len(found), named, -position)) > best and found:
             best, matches, key = rank, found, column
     if not matches:
-        cure = f"One column must hold subjects as the files name them, such as {exams['subject'].iloc[0]}."
+        cure = f"One column must hold subjects as the files name them, of the form {form_of(exams['subject'].iloc[0])}."
         raise UsageError(Problem(f"No row of {path.name} belongs to an exam", f"columns {', '.join(names)}", cure))
     _check_unique(exams, rows, matches, key)
     return matches, key
+
+
+def form_of(name: str) -> str:
+    """`BraTS2021_00006` → `AAAAA9999_99999`: what a name looks like, and nobody's."""
+    return re.sub("[A-Za-z]", "A", re.sub("[0-9]", "9", name))
 
 
 def _row_keys(rows: pd.DataFrame, column: str, session: str | None) -> list[str]:

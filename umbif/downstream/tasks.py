@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,19 +82,28 @@ def split_rows(
     """Rows of the labelled exams in `train`, `val` and `test`: the test people are those of the manifest.
 
     Raises:
-        UsageError: A part would hold one class only.
+        UsageError: A part would hold one class only, or a person stands on both sides.
     """
     have = y != MISSING
     in_test = (exams["split"] == "test").to_numpy()
-    pool = np.flatnonzero(have & ~in_test)
-    _check_classes(y, {"training": pool, "test": np.flatnonzero(have & in_test)})
+    pool, test = np.flatnonzero(have & ~in_test), np.flatnonzero(have & in_test)
+    _check_persons(exams["person"].to_numpy(), pool, test)
+    _check_classes(y, {"training": pool, "test": test})
     rarest = int(np.bincount(y[pool]).min())
     num_folds = max(2, min(round(1 / val_fraction), rarest))  # each fold needs one of the rarer class
     folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
     train, val = next(iter(folds.split(pool, y[pool], exams["person"].to_numpy()[pool])))
-    parts = {"train": pool[train], "val": pool[val], "test": np.flatnonzero(have & in_test)}
+    parts = {"train": pool[train], "val": pool[val], "test": test}
     _check_classes(y, {"training": parts["train"], "validation": parts["val"]})
     return parts
+
+
+def _check_persons(person: npt.NDArray[Any], pool: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> None:
+    """A table of labels may tell that subjects of both sides are one person: the manifest's split did not know."""
+    both = len({*person[pool]} & {*person[test]})
+    if both:
+        cure = "Index again with that table (umbif index --labels), so that the split knows who is one person"
+        raise UsageError(Problem("persons of the training part are test people too", f"{both} of them", cure))
 
 
 def _check_classes(y: npt.NDArray[np.int64], parts: Mapping[str, npt.NDArray[np.int64]]) -> None:

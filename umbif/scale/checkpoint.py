@@ -89,6 +89,9 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step."""
         if trainer.global_step != self.saved_step:
+            loop = trainer.fit_loop.epoch_loop
+            if loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+                loop._batches_that_stepped -= 1  # going on, Lightning validates first, and counts that as a step
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
