@@ -9,12 +9,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from umbif.corpus import prepare
 from umbif.corpus.index import build_manifest
 from umbif.corpus.prepare import merge, parse_part, prepare_corpus
 from umbif.corpus.preprocess import Preparation, UnusableExam, is_finer, prepare_exam, quantise
-from umbif.corpus.readers import Volume, read_volume
+from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import BRAIN, TUMOUR, Corpus, ShardWriter, encode
 from umbif.errors import UmbifError, UsageError
 from umbif.stream.exams import read_view
@@ -252,6 +253,62 @@ def test_preparing_again_changes_nothing(manifest, preparation, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
     prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()} == before
+
+
+def test_labels_that_came_later_reach_a_corpus_that_is_there(manifest, preparation, tmp_path):
+    early = manifest.assign(idh="", split="train")
+    prepare_corpus(early, tmp_path, preparation, num_workers=0)
+    merge(early, tmp_path)
+    late = manifest.assign(mgmt=manifest["exam"])
+    prepare_corpus(late, tmp_path, preparation, num_workers=0)
+    merge(late, tmp_path)
+    exams = Corpus(tmp_path).exams
+    assert exams["mgmt"].tolist() == exams["exam"].tolist()
+    assert "idh" not in exams
+    split = manifest.drop_duplicates("exam").set_index("exam")["split"]
+    assert exams["split"].tolist() == split[exams["exam"]].tolist()
+
+
+def test_a_part_has_one_writer(manifest, preparation, tmp_path):
+    with FileLock(tmp_path / ".00001-of-00001.lock"), pytest.raises(UmbifError, match="Another process is preparing"):
+        prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+
+
+def test_an_exam_that_could_not_be_read_is_tried_again(corpus, manifest, preparation, tmp_path, monkeypatch):
+    def away(path, **_):
+        if "P2" in str(path):
+            raise BadVolume("unreadable", "The file cannot be read: Stale file handle.")
+        return read_volume(path, **_)
+
+    with monkeypatch.context() as gone:
+        gone.setattr(prepare, "read_volume", away)
+        prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    assert "1 × unreadable" in merge(manifest, tmp_path)
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    assert "unreadable" not in merge(manifest, tmp_path)
+    found = Corpus(tmp_path)
+    assert found.exams["exam"].tolist() == corpus.exams["exam"].tolist()
+    (row,) = np.flatnonzero(found.exams["exam"].str.contains("P2"))
+    ours, theirs = ([whole(one, frame) for frame in one.frames(row).values()] for one in (found, corpus))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_exams_whose_shard_is_gone_or_cut_are_prepared_anew(
+    corpus, manifest, preparation, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 1)  # one exam a shard
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    shard = sorted((tmp_path / "shards").glob("*.shard"))[2]
+    shard.unlink() if damage == "gone" else shard.write_bytes(shard.read_bytes()[:10])
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+def whole(corpus, frame):
+    """All voxels."""
+    return corpus.read(frame, (0, 0, 0), frame.shape)
 
 
 def test_two_processes_make_the_same_corpus(corpus, manifest, preparation, tmp_path):

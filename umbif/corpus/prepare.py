@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,15 +15,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
+from umbif.corpus.manifest import SCHEMA, label_columns
 from umbif.corpus.preprocess import Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
 from umbif.corpus.readers import BadVolume, Volume, read_volume
-from umbif.corpus.shards import BRAIN, NUMBERS, TUMOUR, ShardWriter, encode
+from umbif.corpus.shards import BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import num_cores
 from umbif.progress import track
 
 SHARD_BYTES = 2**30
+UNREADABLE = "unreadable"  # the reason of a file that the system would not read
+OWN_COLUMNS = ("affine", *LOOKED_UP)  # of an index, beside those of a manifest
 Row = dict[str, Any]
 MASK_NUMBERS = {"scale": 1.0, "intercept": 0.0, "mean": 0.0, "std": 1.0, "low": 0.0, "high": 1.0}
 
@@ -46,26 +51,28 @@ def prepare_corpus(
 
     Raises:
         UsageError: The folder holds a corpus of another manifest or recipe.
+        UmbifError: Another process is preparing this part.
     """
     _claim(out, manifest, how)
     exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
     stem = f"{part[0]:05d}-of-{part[1]:05d}"
-    for leftover in (out / "shards").glob(f".{stem}_*.writing"):
-        leftover.unlink()  # what this part was writing when it was cut off; other parts may be writing now
-    done = _exams_done(out)
-    todo = [exam for exam in exams if exam[0] not in done]
-    results = _in_processes([(rows, how) for _, rows in todo], num_workers)
-    _write_shards(track(results, "Preparing exams", len(todo)), out / "shards", stem)
+    with _held(out, stem):
+        _remove_unusable(out / "shards", stem)
+        done = _exams_done(out)
+        todo = [exam for exam in exams if exam[0] not in done]
+        results = _in_processes([(rows, how) for _, rows in todo], num_workers)
+        _write_shards(track(results, "Preparing exams", len(todo)), out / "shards", stem)
 
 
 def merge(manifest: pd.DataFrame, out: Path) -> str:
     """Joins the parts into index.parquet and returns a summary; an incomplete corpus is not published.
 
+    Persons, split and labels are those of the manifest as it is now: they may have changed since the voxels were read.
+
     Raises:
         UmbifError: Exams of the manifest are in no part.
     """
-    tables = [pd.read_parquet(path) for path in sorted((out / "shards").glob("*.parquet"))]
-    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"exam": [], "status": []})
+    rows = _prepared(out)
     missing = {exam for exam, _ in _exams_of(manifest)} - set(rows["exam"])
     if missing:
         raise UmbifError(
@@ -75,7 +82,7 @@ def merge(manifest: pd.DataFrame, out: Path) -> str:
     good = rows[rows["status"] == "ok"].drop(columns=["status", "reason", "detail"])
     if good.empty:
         raise UmbifError("No exam could be prepared.\n" + _reasons(rows[rows["status"] != "ok"]))
-    good = good.sort_values("exam", kind="stable").reset_index(drop=True)
+    good = _as_known_now(good, manifest).sort_values("exam", kind="stable").reset_index(drop=True)
     _write_table(rows[rows["status"] != "ok"][["exam", "path", "reason", "detail"]], out / "quarantine.parquet")
     _write_table(good, out / "index.parquet")
     return _summary(good, rows[rows["status"] != "ok"])
@@ -129,8 +136,51 @@ def _records(rows: pd.DataFrame) -> list[Row]:
     return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
 
 
+@contextmanager
+def _held(out: Path, stem: str) -> Iterator[None]:
+    """Two that write one part would write into the same files."""
+    try:
+        with FileLock(out / f".{stem}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise UmbifError(f"Another process is preparing this part of {out}. Wait for it to end.") from None
+
+
+def _remove_unusable(shards: Path, stem: str) -> None:
+    """What this part was writing when it was cut off, and tables whose shard is gone or cut: their exams come anew."""
+    for leftover in shards.glob(f".{stem}_*.writing"):
+        leftover.unlink()
+    for path in shards.glob(f"{stem}_*.parquet"):
+        shard = path.with_suffix(".shard")
+        ends = pd.read_parquet(path, columns=["byte_offset", "byte_length"]).sum(axis=1)
+        if not shard.exists() or shard.stat().st_size < ends.max():
+            path.unlink()
+
+
+def _prepared(out: Path) -> pd.DataFrame:
+    """The rows of all shards; of an exam that was tried twice, those of the last time."""
+    paths = sorted((out / "shards").glob("*.parquet"))
+    if not paths:
+        return pd.DataFrame({"exam": [], "status": []})
+    rows = pd.concat([pd.read_parquet(path).assign(table=number) for number, path in enumerate(paths)])
+    last = rows.groupby("exam")["table"].transform("max")
+    return rows[rows["table"] == last].drop(columns="table").reset_index(drop=True)
+
+
 def _exams_done(out: Path) -> set[str]:
-    return {e for path in (out / "shards").glob("*.parquet") for e in pd.read_parquet(path, columns=["exam"])["exam"]}
+    """What need not be tried again: an exam of which no file could be read may have met a disk that was away."""
+    rows = _prepared(out)
+    if rows.empty:
+        return set()
+    return {*rows["exam"][(rows["status"] == "ok") | (rows["reason"] != UNREADABLE)]}
+
+
+def _as_known_now(good: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
+    """With the manifest's persons, split, site and labels."""
+    now = manifest.drop_duplicates("exam").set_index("exam")
+    before = [name for name in good.columns if name not in SCHEMA and name not in OWN_COLUMNS]
+    fresh = {name: good["exam"].map(now[name]) for name in ("person", "site", "split", *label_columns(manifest))}
+    return good.drop(columns=before).assign(**fresh)
 
 
 def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | None) -> Iterator[tuple[Any, ...]]:
@@ -231,7 +281,7 @@ def _quarantined(row: Row, reason: str, detail: str) -> Row:
 def _write_shards(results: Iterable[tuple[Any, ...]], folder: Path, stem: str) -> None:
     writer: ShardWriter | None = None
     rows: list[Row] = []
-    number = len(list(folder.glob(f"{stem}_*.parquet")))
+    number = max((int(path.stem[-5:]) + 1 for path in folder.glob(f"{stem}_*.parquet")), default=0)
     for frames, bad in results:
         if writer is None:
             writer = ShardWriter(folder / f"{stem}_{number:05d}.shard")
