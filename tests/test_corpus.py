@@ -306,11 +306,6 @@ def test_exams_whose_shard_is_gone_or_cut_are_prepared_anew(
     assert contents(Corpus(tmp_path)) == contents(corpus)
 
 
-def whole(corpus, frame):
-    """All voxels."""
-    return corpus.read(frame, (0, 0, 0), frame.shape)
-
-
 def test_two_processes_make_the_same_corpus(corpus, manifest, preparation, tmp_path):
     prepare_corpus(manifest, tmp_path, preparation, num_workers=2)
     merge(manifest, tmp_path)
