@@ -224,7 +224,7 @@ def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where everything goes.")] = Path("runs/demo"),
     null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: the report must find nothing.")] = False,
 ) -> None:
-    """The whole way on a laptop: synthetic exams, pretraining, four tasks, a report. Seven minutes on two cores."""
+    """The whole way on a laptop: synthetic exams, pretraining, four tasks, a report. Eight minutes on two cores."""
     from umbif.demo import run_demo
 
     page = run_demo(output, null=null)

@@ -134,7 +134,7 @@ def _demand_one_row_per_fit(rows: pd.DataFrame) -> None:
     twice = rows.duplicated([*FIT, "exam"])
     if twice.any():
         names = ", ".join(sorted(set(rows.loc[twice, "model"].astype(str))))
-        cure = "Two runs give their models one name; name them apart (`model` in the recipe)."
+        cure = "One run was named twice, or two give their models one name: set model.model_name in their recipes"
         raise UsageError(Problem("Exams scored more than once by one fit", f"{int(twice.sum())} by {names}", cure))
     labels = rows.groupby(["task", "exam"])["y"].nunique()
     if (labels > 1).any():
