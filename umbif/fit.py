@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from umbif.encoders.weights import CONFIG
 from umbif.errors import Problem, Stopped, UmbifError, UsageError
@@ -114,7 +114,10 @@ def _fit(trainer: pl.Trainer, built: Built, resume: Path | None) -> None:
     try:
         trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
     except SystemExit as end:  # Lightning's answer to Ctrl-C and to SIGTERM
-        by = signal.SIGINT if isinstance(end.__context__, KeyboardInterrupt) else signal.SIGTERM
+        pressed = isinstance(end.__context__, KeyboardInterrupt)
+        if not pressed and not isinstance(end, SIGTERMException):
+            raise
+        by = signal.SIGINT if pressed else signal.SIGTERM
         ended = f"Ended by {by.name} at step {trainer.global_step}"
         raise Stopped(f"{ended}. The same command goes on from the last checkpoint.", by) from None
     except RuntimeError as error:

@@ -151,9 +151,10 @@ def _remove_unusable(shards: Path, stem: str) -> None:
     for leftover in shards.glob(f".{stem}_*.writing"):
         leftover.unlink()
     for path in shards.glob(f"{stem}_*.parquet"):
-        shard = path.with_suffix(".shard")
-        ends = pd.read_parquet(path, columns=["byte_offset", "byte_length"]).sum(axis=1)
-        if not shard.exists() or shard.stat().st_size < ends.max():
+        shard, rows = path.with_suffix(".shard"), pd.read_parquet(path)
+        if "byte_offset" not in rows:
+            continue  # nothing but what was quarantined
+        if not shard.exists() or shard.stat().st_size < (rows["byte_offset"] + rows["byte_length"]).max():
             path.unlink()
 
 
