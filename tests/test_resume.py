@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from small import small_recipe
 
+from umbif.encoders.guard import Guard
 from umbif.errors import Stopped, UmbifError
 from umbif.fit import fit
 from umbif.recipe import Recipe
@@ -55,6 +56,15 @@ def test_a_run_that_is_made_longer_logs_step_after_step(corpus_folder: Path, tmp
     for num_steps in (3, 4, 8):  # it validates every second step
         run = fit(small(corpus_folder, tmp_path, num_steps))
     assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [*range(8)]
+
+
+def test_a_run_of_which_every_step_was_skipped_exports_nothing(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Guard, "_reason", lambda guard, norm: "the loss is not finite")
+    with pytest.raises(UmbifError, match=r"All 3 steps were skipped; .*log\.txt says why\. Nothing was exported\."):
+        fit(small(corpus_folder, tmp_path, 3))
+    assert not list(tmp_path.rglob("encoder"))
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(corpus_folder: Path, tmp_path: Path) -> None:

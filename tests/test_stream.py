@@ -145,14 +145,6 @@ def test_a_checkpoint_of_another_corpus_is_refused(corpus):
         Position(0).restore({"next_slot": 3, "seed": 0, "corpus": "0" * 64}, corpus)
 
 
-def test_numbers_that_mean_nothing_are_refused_all_at_once(corpus):
-    wrong = {"num_views": -1, "exams_per_place": -1, "cache_gib": -0.5, "keep_probability": 1.5, "max_sequences": 0}
-    with pytest.raises(UsageError) as refused:
-        PretrainData(str(corpus.folder), **wrong)
-    assert all(f"data.{name} " in str(refused.value) for name in wrong)
-    assert "got -1" in str(refused.value)
-
-
 def test_training_never_reads_the_test_split(corpus):
     data = PretrainData(str(corpus.folder), crop_size=CROP, global_batch_size=4)
     test = set(exams_of_split(corpus, "test"))

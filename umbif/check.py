@@ -5,11 +5,10 @@ from collections.abc import Iterable
 
 import torch
 
-from umbif.errors import UsageError
-from umbif.fit import check_together
+from umbif.fit import check_together, refuse_wrong
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
-from umbif.recipe_check import build, check, construct
+from umbif.recipe_check import build, construct
 
 
 def check_recipe(recipe: Recipe) -> str:
@@ -22,11 +21,9 @@ def check_recipe(recipe: Recipe) -> str:
         UsageError: All problems at once.
     """
     quiet()
-    problems = check(recipe)
-    if problems:
-        raise UsageError(problems, recipe.name)
     if "model" not in recipe.tree:
         return f"{recipe.name}: {construct(recipe)}"
+    refuse_wrong(recipe)
     built = build(recipe)
     check_together(built)
     parameters = count(built.model.parameters())

@@ -99,7 +99,7 @@ def index(
     labels: Annotated[Path | None, typer.Option(help="A table (csv, tsv, parquet) with a row per subject.")] = None,
     test_fraction: Annotated[float, typer.Option(help="Share of the people held out.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
 ) -> None:
     """Reads every volume of a folder tree, checks it, groups exams, splits people."""
     from umbif.corpus.index import build_manifest, summary
@@ -130,7 +130,7 @@ def prepare(
     recipe: Annotated[str, typer.Option(help="A recipe of the group prepare/.")] = "prepare/brain_1mm",
     part: Annotated[str | None, typer.Option(help="I/N: prepare one of N parts, publish nothing.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Publish the parts that were prepared.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
 ) -> None:
     """Makes a corpus of a manifest: aligned, cropped, compressed, checked. Goes on where it stopped."""
     from umbif.corpus import prepare as engine
@@ -208,7 +208,7 @@ def phantom(
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: nothing can be learnt.")] = False,
     healthy: Annotated[float, typer.Option(help="Share of the people that have no tumour.")] = 0.0,
-    workers: Annotated[int | None, typer.Option(help="Processes. Default: all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
 ) -> None:
     """Writes synthetic glioma exams with known truth, as a hospital would: NIfTI files and a label table."""
     from umbif.corpus.phantom import write_phantom

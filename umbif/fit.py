@@ -41,10 +41,8 @@ def fit(recipe: Recipe) -> Path:
         UsageError: The recipe is wrong, or the folder holds a run of another recipe.
     """
     quiet()
-    problems = check(recipe)
-    if problems:
-        raise UsageError(problems, recipe.name)
-    max_steps = steps_of(recipe)
+    refuse_wrong(recipe)
+    max_steps = recipe.tree["trainer"]["max_steps"]
     with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
         if finished_steps(folder) >= max_steps:
             console.print(f"{folder} has finished its {max_steps} steps: nothing to do.")
@@ -53,19 +51,26 @@ def fit(recipe: Recipe) -> Path:
     return folder
 
 
-def steps_of(recipe: Recipe) -> int:
-    """How long a recipe trains.
+def refuse_wrong(recipe: Recipe) -> None:
+    """Refuses a recipe that cannot be trained.
 
     Raises:
-        UsageError: It does not say, or it is no recipe of a training.
+        UsageError: It is no recipe of a training, or its values are wrong; all of them are named.
     """
     if "model" not in recipe.tree:
         raise UsageError(Problem(f"{recipe.name} trains nothing", cure="Recipes that do:  umbif ls pretrain"))
-    steps = (recipe.tree.get("trainer") or {}).get("max_steps")
-    if not isinstance(steps, int) or steps < 0:
+    problems = [*length_problems(recipe), *check(recipe)]
+    if problems:
+        raise UsageError(problems, recipe.name)
+
+
+def length_problems(recipe: Recipe) -> Iterator[Problem]:
+    """A training must say how long it takes: Lightning would go on for ever."""
+    trainer = recipe.tree.get("trainer")
+    steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    if steps is None or (isinstance(steps, int) and steps < 0):
         got = "nothing" if steps is None else str(steps)
-        raise UsageError(Problem("trainer.max_steps must be a number of steps, 0 or more", got), recipe.name)
-    return steps
+        yield Problem("trainer.max_steps must be a number of steps, 0 or more", got)
 
 
 def finished_steps(folder: Path) -> int:
@@ -89,6 +94,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     log.info("training starts at step %s", step_of(resume) if resume else 0)
     if trainer.max_steps:  # a comparator that takes no step needs no exam
         _fit(trainer, built, resume)
+        refuse_untaught(built, trainer.global_step, folder)
     built.model.export(folder, built.data, trainer)
     if is_leader() and has_page(folder):
         write_run_page(folder)
@@ -125,6 +131,17 @@ def _fit(trainer: pl.Trainer, built: Built, resume: Path | None) -> None:
             raise
         cure = "Most often the memory ran out: lower data.num_workers or data.global_batch_size"
         raise UmbifError(f"A reading process was killed ({_last_line(error)}). {cure}.") from error
+
+
+def refuse_untaught(built: Built, num_steps: int, folder: Path) -> None:
+    """An encoder that no step has changed would be exported as a trained one.
+
+    Raises:
+        UmbifError: Every step was skipped.
+    """
+    guard = getattr(built.model, "guard", None)
+    if guard is not None and 0 < num_steps <= len(guard.skipped):
+        raise UmbifError(f"All {num_steps} steps were skipped; {folder / 'log.txt'} says why. Nothing was exported.")
 
 
 def _last_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from umbif.errors import Problem, UsageError, nearest
+from umbif.ranges import Seed
 from umbif.recipe import MISSING, Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ TRAINER_OWN = {
     "gradient_clip_algorithm": "The norm is clipped, to model.gradient_clip",
 }
 REQUIRED = "the following arguments are required: "
+# Pydantic, which jsonargparse asks about a number with a range, says one thing in three lines.
+OUT_OF_RANGE = re.compile(
+    r"\d+ validation error.*\n.*should (?:be|have) (?:a )?(?:valid )?(.+?)(?: after validation.*)? \[type=.*\n.*/v/\w+"
+)
+PLAIN = {
+    "integer": "int", "number": "float", "NoneType": "null", "greater than or equal to": "at least",
+    "less than or equal to": "at most", "greater than": "more than",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Run:
     """The `run:` block: the run folder, and the seed from which every random number of the run follows."""
 
     dir: str
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -308,6 +317,7 @@ def _wrong_type(error: str, key: str, value: Any) -> Problem:
         return Problem(f"{key}: expected class {subclass[1]}", value.get("class_path", _short(value)))
     if subclass or "dot import path" in error:
         return Problem(f"{key}: expected class_path and its arguments", _short(value))
+    error = OUT_OF_RANGE.sub(r"Expected \1", error)
     found = re.findall(r"Expected (?:an? )?(.+?)(?:\. Got value: (.*))?$", error, re.MULTILINE)
     # In a union the line that quotes a value speaks of an item inside the right container: it says more.
     quoted = [pair for pair in found if pair[1]] or found
@@ -323,7 +333,9 @@ def _plain_type(text: str) -> str:
     text = re.sub(r"<class '([^']+)'>", r"\1", text)
     text = re.sub(r"(?:[A-Za-z_]\w*\.)+([A-Za-z_])", r"\1", text)
     text = re.sub(r"Literal\[(.*?)\]", r"one of \1", text)
-    return text.replace("NoneType", "null")
+    for said, plain in PLAIN.items():
+        text = text.replace(said, plain)
+    return text
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,8 @@ import torchio as tio
 from scipy import ndimage
 
 from umbif.corpus.readers import Volume
+from umbif.errors import Problem, UsageError
+from umbif.ranges import NonNegativeFloat, Percent, PositiveFloat, ZstdLevel
 
 Array = npt.NDArray[Any]
 SAME_GRID_MM = 1e-3  # two grids that differ by less are one grid: no resampling, so no blurring
@@ -30,13 +32,21 @@ class Preparation:
         min_brain_ml: An exam with a smaller brain mask than this is quarantined.
         allow_faces: Accept volumes without skull stripping, with everything that is not air as the mask.
         compression_level: Of zstd, 0 to 9.
+
+    Raises:
+        UsageError: The percentiles do not rise.
     """
 
-    spacing_mm: float = 1.0
-    clip_percentiles: tuple[float, float] = (0.05, 99.95)
-    min_brain_ml: float = 100.0
+    spacing_mm: PositiveFloat = 1.0
+    clip_percentiles: tuple[Percent, Percent] = (0.05, 99.95)
+    min_brain_ml: NonNegativeFloat = 100.0
     allow_faces: bool = False
-    compression_level: int = 5
+    compression_level: ZstdLevel = 5
+
+    def __post_init__(self) -> None:
+        low, high = self.clip_percentiles
+        if low >= high:
+            raise UsageError(Problem("clip_percentiles must rise", f"{low:g} to {high:g}", "Such as [0.05, 99.95]"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def prepare_exam(
     )
 
 
-def quantise(values: Array, brain: Array, clip_percentiles: tuple[float, float]) -> StoredVolume:
+def quantise(values: Array, brain: Array, clip_percentiles: tuple[Percent, Percent]) -> StoredVolume:
     """Clips to percentiles of the brain and stores as int16: without loss where the clipped values are such integers.
 
     Args:

@@ -8,6 +8,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from umbif.corpus.shards import Corpus
 from umbif.downstream.tasks import BinaryLabel, labelled, split_rows, targets
+from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveInt, Seed
 from umbif.stream.exams import Exams, WholeBrainDataset
 from umbif.stream.modules import Position, SlotBatches, data_loader, place
 
@@ -33,11 +34,11 @@ class TaskData(pl.LightningDataModule):
         task: str,
         label: BinaryLabel,
         labels: str | None = None,
-        global_batch_size: int = 8,
-        val_fraction: float = 0.2,
-        num_workers: int = 4,
-        cache_gib: float = 0.0,
-        seed: int = 0,
+        global_batch_size: PositiveInt = 8,
+        val_fraction: OpenShare = 0.2,
+        num_workers: NonNegativeInt = 4,
+        cache_gib: NonNegativeFloat = 0.0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.corpus = Corpus(corpus, cache_gib * 2**30)

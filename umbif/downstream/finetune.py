@@ -20,6 +20,7 @@ from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
+from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
 from umbif.stream.philox import uniform
@@ -49,15 +50,15 @@ class FineTune(pl.LightningModule):
         self,
         encoder: ViT3D | CNN3D,
         head: ExtremesHead,
-        max_tokens: int | None = None,
+        max_tokens: PositiveInt | None = None,
         frozen: bool = False,
-        layer_decay: float = 0.75,
+        layer_decay: PositiveShare = 0.75,
         augmentation: Augmentation | None = None,
-        lr: float = 2e-4,
-        warmup_steps: int = 20,
-        weight_decay: float = 0.05,
-        gradient_clip: float = 1.0,
-        max_steps: int = 1000,
+        lr: NonNegativeFloat = 2e-4,
+        warmup_steps: NonNegativeInt = 20,
+        weight_decay: NonNegativeFloat = 0.05,
+        gradient_clip: PositiveFloat = 1.0,
+        max_steps: NonNegativeInt = 1000,
         model_name: str = "pretrained",
     ) -> None:
         super().__init__()

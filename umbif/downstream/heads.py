@@ -11,6 +11,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from torch import Tensor, nn
 
 from umbif.encoders.pooling import pooled
+from umbif.ranges import PositiveInt, PositiveShare, ShareBelowOne
 
 NUM_FOLDS = 5
 INVERSE_PENALTIES = np.logspace(-5, 1, 7)
@@ -28,7 +29,9 @@ class ExtremesHead(nn.Module):
     center: Tensor
     spread: Tensor
 
-    def __init__(self, embed_dim: int, extreme_share: float = 0.015, dropout: float = 0.0) -> None:
+    def __init__(
+        self, embed_dim: PositiveInt, extreme_share: PositiveShare = 0.015, dropout: ShareBelowOne = 0.0
+    ) -> None:
         super().__init__()
         self.extreme_share = extreme_share
         self.register_buffer("center", torch.zeros(3 * embed_dim))

@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from umbif.corpus.manifest import join_labels
 from umbif.corpus.shards import Corpus
 from umbif.errors import Problem, UsageError
+from umbif.ranges import Spellings
 
 MISSING = -1
 
@@ -35,9 +36,9 @@ class BinaryLabel:
         missing: Spellings of not known. An empty cell is always missing.
     """
 
-    columns: list[str]
-    positive: list[str]
-    negative: list[str]
+    columns: Spellings
+    positive: Spellings
+    negative: Spellings
     missing: list[str] = field(default_factory=list)
 
     def meaning(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from umbif.encoders.pooling import masked_mean
+from umbif.ranges import PositiveFloat
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
 from umbif.stream.order import Triple
@@ -48,7 +49,7 @@ class CNN3D(nn.Module):
         self,
         network: Literal["resnet50", "densenet121", "efficientnet_b0", "resunet"] = "resnet50",
         norm: Literal["group", "instance", "batch"] = "group",
-        voxel_mm: float = 1.0,
+        voxel_mm: PositiveFloat = 1.0,
         weights: str | None = None,
     ) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from umbif.encoders.pooling import masked_mean
 from umbif.encoders.position import MillimetrePosition, RotaryPosition
 from umbif.encoders.transformer import Block, initialise, key_mask, norm
 from umbif.errors import Problem, UsageError
+from umbif.ranges import NonNegativeInt, PositiveFloat, PositiveInt, ShareBelowOne
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import Patches, PatchGrid, choose, gather, patch_grid
@@ -48,16 +49,16 @@ class ViT3D(nn.Module):
 
     def __init__(
         self,
-        patch_size: int = 16,
-        patch_mm: float = 16.0,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        num_registers: int = 4,
-        mlp_ratio: float = 4.0,
+        patch_size: PositiveInt = 16,
+        patch_mm: PositiveFloat = 16.0,
+        embed_dim: PositiveInt = 384,
+        depth: PositiveInt = 12,
+        num_heads: PositiveInt = 6,
+        num_registers: NonNegativeInt = 4,
+        mlp_ratio: PositiveFloat = 4.0,
         position: Literal["sincos", "rotary"] = "sincos",
-        layer_scale: float | None = None,
-        drop_path: float = 0.0,
+        layer_scale: PositiveFloat | None = None,
+        drop_path: ShareBelowOne = 0.0,
         activation_checkpointing: bool = False,
         weights: str | None = None,
     ) -> None:

@@ -20,6 +20,7 @@ from umbif.encoders.transformer import norm
 from umbif.pretrain.gather import gathered, gathered_rows
 from umbif.pretrain.losses import info_nce
 from umbif.pretrain.units import Identity, Unit, Units
+from umbif.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import Patches
 
@@ -43,13 +44,13 @@ class ContrastOptions:
     """
 
     unit: Unit = "sequence"
-    extreme_share: float | None = 0.04
-    channel_share: float = 0.25
-    temperature: float = 0.5
-    projector_dim: int = 128
-    projector_hidden: int | None = None
-    projector_depth: int = 3
-    queue_size: int = 0
+    extreme_share: PositiveShare | None = 0.04
+    channel_share: PositiveShare = 0.25
+    temperature: PositiveFloat = 0.5
+    projector_dim: PositiveInt = 128
+    projector_hidden: PositiveInt | None = None
+    projector_depth: PositiveInt = 3
+    queue_size: NonNegativeInt = 0
     same_person_negatives: bool = False
 
 

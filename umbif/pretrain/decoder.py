@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from umbif.encoders.position import MillimetrePosition
 from umbif.encoders.transformer import Block, initialise, key_mask, mlp, norm
 from umbif.encoders.vit import ViT3D, check_heads
+from umbif.ranges import PositiveInt
 from umbif.stream.exams import SEQUENCES
 from umbif.stream.patches import Patches
 
@@ -34,9 +35,9 @@ class DecoderShape:
     """
 
     kind: Literal["cross", "joint"] = "cross"
-    width: int = 512
-    depth: int = 8
-    num_heads: int = 8
+    width: PositiveInt = 512
+    depth: PositiveInt = 8
+    num_heads: PositiveInt = 8
 
 
 def build_decoder(encoder: ViT3D, shape: DecoderShape) -> "CrossDecoder | JointDecoder":

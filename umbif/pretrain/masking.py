@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from umbif.ranges import OpenShare, PositiveInt, PositiveShare, Share
 from umbif.stream.exams import Exams
 from umbif.stream.patches import PatchGrid
 from umbif.stream.philox import uniform
@@ -44,11 +45,11 @@ class Masking:
             there, one sequence has to be told from another without a look at any.
     """
 
-    num_visible: int = 48
-    max_visible_share: float = 0.5
-    num_targets: int | None = 48
-    decoded_share: float = 1.0
-    column_share: float = 0.25
+    num_visible: PositiveInt = 48
+    max_visible_share: OpenShare = 0.5
+    num_targets: PositiveInt | None = 48
+    decoded_share: PositiveShare = 1.0
+    column_share: Share = 0.25
 
     def draw(self, exams: Exams, grid: PatchGrid) -> Masks:
         """Draws from the patches with brain of all present sequences; (seed, slot, view) decide everything.

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from umbif.corpus.shards import BRAIN, Corpus
 from umbif.encoders.probing import MIN_PERSONS, MISSING, answerable, feature_std, knn_accuracy, linear_probe, rank_me
 from umbif.pretrain.pictures import VISIBLE_SHARE, held_out_exam, write_reconstruction
+from umbif.ranges import PositiveInt, Seed
 from umbif.stream.exams import Exams, Sample, collate, most_sequences, person_codes, read_view
 from umbif.stream.modules import PretrainData, exams_of_split
 from umbif.stream.order import Triple, View
@@ -63,13 +64,13 @@ class Monitors(Callback):
 
     def __init__(
         self,
-        every_n_steps: int = 500,
-        num_exams: int = 64,
+        every_n_steps: PositiveInt = 500,
+        num_exams: PositiveInt = 64,
         labels: Sequence[str] = ("idh",),
-        neighbours: int = 5,
-        max_tokens: int = 128,
-        pictures_every_n_steps: int | None = 5000,
-        seed: int = 0,
+        neighbours: PositiveInt = 5,
+        max_tokens: PositiveInt = 128,
+        pictures_every_n_steps: PositiveInt | None = 5000,
+        seed: Seed = 0,
     ) -> None:
         self.every_n_steps, self.num_exams, self.labels = every_n_steps, num_exams, tuple(labels)
         self.max_tokens = max_tokens

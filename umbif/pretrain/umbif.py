@@ -26,6 +26,7 @@ from umbif.pretrain.decoder import CrossBlock, DecoderShape, build_decoder
 from umbif.pretrain.losses import Losses, TargetErrors
 from umbif.pretrain.masking import Masking, Masks
 from umbif.pretrain.pictures import held_out_exam, write_reconstruction
+from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, ShareBelowOne
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
 from umbif.stream.modules import PretrainData
@@ -70,21 +71,21 @@ class UMBIF(pl.LightningModule):
         masking: Masking = Masking(),  # noqa: B008 (frozen)
         decoder: DecoderShape = DecoderShape(),  # noqa: B008
         contrast: ContrastOptions = ContrastOptions(),  # noqa: B008
-        reconstruction_weight: float = 1.0,
+        reconstruction_weight: NonNegativeFloat = 1.0,
         normalise_targets: bool = False,
-        contrast_weight: float = 0.01,
-        ema_decay: float | None = None,
+        contrast_weight: NonNegativeFloat = 0.01,
+        ema_decay: OpenShare | None = None,
         augmentation: Augmentation = Augmentation(hide_name=0.1),  # noqa: B008
-        lr: float = 1.5e-4,
-        warmup_steps: int = 2000,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.95),
-        gradient_clip: float = 1.0,
-        spike_factor: float | None = 20.0,
-        max_skipped: int = 20,
+        lr: NonNegativeFloat = 1.5e-4,
+        warmup_steps: NonNegativeInt = 2000,
+        weight_decay: NonNegativeFloat = 0.05,
+        betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95),
+        gradient_clip: PositiveFloat = 1.0,
+        spike_factor: PositiveFloat | None = 20.0,
+        max_skipped: NonNegativeInt = 20,
         compile_backend: str | None = None,
-        global_batch_size: int = 64,
-        max_steps: int = 100_000,
+        global_batch_size: PositiveInt = 64,
+        max_steps: NonNegativeInt = 100_000,
     ) -> None:
         super().__init__()
         refuse_impossible(encoder, contrast, reconstruction_weight, contrast_weight, ema_decay)
@@ -259,10 +260,7 @@ def refuse_impossible(
         )
     if not reconstruction_weight and not contrast_weight:
         problems.append(Problem("reconstruction_weight and contrast_weight are both 0: there is nothing to learn"))
-    if not 0 < contrast.channel_share <= 1:
-        got = f"{contrast.channel_share:g}"
-        problems.append(Problem("model.contrast.channel_share must lie above 0, and not above 1", got))
-    elif contrast.channel_share < 1 and contrast_weight and not reconstruction_weight:
+    if contrast.channel_share < 1 and contrast_weight and not reconstruction_weight:
         problems.append(
             Problem(
                 f"model.contrast.channel_share={contrast.channel_share:g} leaves channels that nothing teaches",

@@ -19,6 +19,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from umbif.errors import UmbifError
+from umbif.ranges import PositiveInt
 
 STATE, MANIFEST = "state.ckpt", "complete.json"
 log = logging.getLogger("umbif")
@@ -67,7 +68,7 @@ class Checkpoints(Checkpoint):
         keep: How many to keep; two at least, so that a damaged one has a predecessor.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep: int = 2) -> None:
+    def __init__(self, every_n_steps: PositiveInt = 500, keep: PositiveInt = 2) -> None:
         self.every_n_steps, self.keep = every_n_steps, max(2, keep)
         self.folder: Path | None = None
         self.saved_step = -1

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from umbif.ranges import NonNegativeFloat, Share
 from umbif.stream.exams import SEQUENCES, Exams
 from umbif.stream.patches import Patches
 from umbif.stream.philox import uniform
@@ -33,11 +34,11 @@ class Augmentation:
         hide_name: Share of the sequences that are shown as `other`: what they are must be told from what they show.
     """
 
-    flip_probability: float = 0.5
-    curve: float = 0.1
-    bias: float = 0.05
-    scale: float = 0.1
-    hide_name: float = 0.0
+    flip_probability: Share = 0.5
+    curve: NonNegativeFloat = 0.1
+    bias: NonNegativeFloat = 0.05
+    scale: NonNegativeFloat = 0.1
+    hide_name: Share = 0.0
 
     def __call__(self, patches: Patches, exams: Exams) -> Patches:
         """The same exam and view give the same curve, field and mirroring to all of their patches."""

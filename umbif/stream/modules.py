@@ -17,17 +17,13 @@ from torch.utils.data import DataLoader
 from umbif.corpus.shards import TUMOUR, Corpus
 from umbif.errors import Problem, UsageError
 from umbif.machine import available_memory_bytes
+from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
 from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
 
 log = logging.getLogger("umbif")
 PREFETCHED = 2  # batches of each worker that wait
 MEMORY_SHARE = 0.6  # of what is free, for batches on the way
-AT_LEAST = {
-    "num_views": 1, "max_sequences": 1, "exams_per_place": 0, "global_batch_size": 1, "num_workers": 0, "cache_gib": 0,
-    "num_val_exams": 0, "seed": 0,
-}  # fmt: skip
-SHARES = ("disjoint_share", "keep_probability")
 VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
 
 
@@ -68,34 +64,29 @@ class PretrainData(pl.LightningDataModule):
         cache_gib: Decoded volumes that each of these keeps in memory, for a corpus that fits.
         num_val_exams: Held-out exams whose losses are logged.
         seed: Of order and views.
-
-    Raises:
-        UsageError: Numbers that mean nothing; all of them are named.
     """
 
     def __init__(
         self,
         corpus: str,
-        crop_size: tuple[int, int, int] = (96, 96, 96),
-        global_batch_size: int = 64,
-        num_views: int = 2,
-        disjoint_share: float = 0.5,
-        keep_probability: float = 0.75,
-        max_sequences: int | None = None,
-        exams_per_place: int = 0,
+        crop_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96),
+        global_batch_size: PositiveInt = 64,
+        num_views: PositiveInt = 2,
+        disjoint_share: Share = 0.5,
+        keep_probability: Share = 0.75,
+        max_sequences: PositiveInt | None = None,
+        exams_per_place: NonNegativeInt = 0,
         around_tumour: bool = False,
-        num_workers: int = 4,
-        cache_gib: float = 0.0,
-        num_val_exams: int = 16,
-        seed: int = 0,
+        num_workers: NonNegativeInt = 4,
+        cache_gib: NonNegativeFloat = 0.0,
+        num_val_exams: NonNegativeInt = 16,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.policy: dict[str, Any] = {
             "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
             "max_sequences": max_sequences, "exams_per_place": exams_per_place, "around_tumour": around_tumour,
         }  # fmt: skip
-        numbers = {"global_batch_size": global_batch_size, "num_workers": num_workers, "cache_gib": cache_gib}
-        refuse_impossible({**self.policy, **numbers, "num_val_exams": num_val_exams, "seed": seed})
         self.corpus = Corpus(corpus, cache_gib * 2**30)
         self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
         self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
@@ -142,24 +133,6 @@ class PretrainData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
         self.position.restore(state_dict, self.corpus)
-
-
-def refuse_impossible(settings: dict[str, Any]) -> None:
-    """Refuses numbers of a recipe's `data` that mean nothing.
-
-    Raises:
-        UsageError: Names all of them.
-    """
-    few = [
-        Problem(f"data.{name} must be {least} or more", f"{settings[name]:g}")
-        for name, least in AT_LEAST.items() if settings[name] is not None and settings[name] < least
-    ]  # fmt: skip
-    odd = [
-        Problem(f"data.{name} is a share between 0 and 1", f"{settings[name]:g}")
-        for name in SHARES if not 0 <= settings[name] <= 1
-    ]  # fmt: skip
-    if few or odd:
-        raise UsageError([*few, *odd], "the recipe")
 
 
 class SlotBatches:
