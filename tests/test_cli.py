@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from umbif import cli
+from umbif.check import hardware
 
 FIT = ("fit", "pretrain/umbif_tiny")
 
@@ -103,6 +105,23 @@ def test_a_run_without_a_number_of_steps_is_refused(
     code, _, err = run([*FIT, f"data.corpus={corpus_folder}", f"trainer.max_steps={steps}"], monkeypatch, capsys)
     assert code == 2
     assert f"trainer.max_steps must be a number of steps, 0 or more: got {got}" in err
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_gpus", "said"),
+    [
+        ({"accelerator": "gpu", "devices": 8, "num_nodes": 4}, 0, "8 x gpu on each of 4 nodes; this machine has none"),
+        ({"accelerator": "gpu", "devices": 8}, 2, "8 x gpu; this machine has 2: fit will need one that has"),
+        ({"accelerator": "gpu", "devices": 1}, 2, "1 x gpu"),
+        ({"accelerator": "cpu", "devices": 2}, 0, "2 x cpu"),
+    ],
+)
+def test_check_says_which_hardware_is_asked_for_and_not_there(
+    asked: dict[str, Any], num_gpus: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    assert hardware(asked).startswith(said)
+    assert ("machine" in hardware(asked)) == ("machine" in said)
 
 
 def test_the_next_command_can_be_typed_whatever_a_folder_is_called(capsys: pytest.CaptureFixture[str]) -> None:

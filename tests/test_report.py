@@ -78,11 +78,11 @@ def test_the_page_and_its_tables_hold_the_right_numbers(page: Path) -> None:
     accuracy = ((table["score"] >= 0.5) == table["y"]).mean()
     for shown in (number(expected.value), interval(expected), number(accuracy), f"{table['y'].sum()} positive"):
         assert shown in html
-    rows = pd.read_csv(page.parent / "report_tables" / "results.csv")
+    rows = pd.read_csv(page.parent / "page_tables" / "results.csv")
     assert rows["model"].tolist() == ["pretrained", "untrained"]
     assert rows["auc_value"][0] == pytest.approx(roc_auc_score(table["y"], table["score"]))
     assert rows["measures_accuracy_value"][0] == pytest.approx(accuracy)
-    assert len(pd.read_csv(page.parent / "report_tables" / "comparisons.csv")) == 1
+    assert len(pd.read_csv(page.parent / "page_tables" / "comparisons.csv")) == 1
 
 
 def test_the_page_says_first_what_limits_it_and_escapes_what_others_wrote(page: Path) -> None:
@@ -108,6 +108,26 @@ def test_the_page_tells_when_a_difference_was_shown(tmp_path: Path) -> None:
     html = write_report([both], tmp_path).read_text()
     assert "The AUC of pretrained was higher than that of untrained, by " in html
     assert "No difference between models was shown." not in html
+
+
+def test_fits_of_one_recipe_are_averaged_and_told_and_of_two_recipes_refused(tmp_path: Path) -> None:
+    runs = [run(tmp_path / f"seed{seed}", predictions("pretrained", 1.0, seed).assign(seed=seed)) for seed in (1, 2)]
+    for folder, seed in zip(runs, (1, 2), strict=True):
+        (folder / "recipe.yaml").write_text(f"run: {{seed: {seed}}}\nmodel: {{lr: 0.1}}\ndata: {{seed: {seed}}}\n")
+    html = write_report(runs, tmp_path / "ensemble.html").read_text()
+    assert "pretrained on IDH mutation is an ensemble: each score is the mean of 2 fits." in html
+    (runs[1] / "recipe.yaml").write_text("run: {seed: 2}\nmodel: {lr: 0.2}\ndata: {seed: 2}\n")
+    with pytest.raises(UsageError, match=r"fits of pretrained on IDH mutation differ in model\.lr: got seed1, seed2"):
+        write_report(runs, tmp_path / "ensemble.html")
+
+
+def test_two_reports_in_one_folder_keep_their_tables(tmp_path: Path) -> None:
+    one, two = (run(tmp_path / name, predictions(name, 1.0, 1)) for name in ("one", "two"))
+    pages = [write_report([folder], tmp_path / f"{folder.name}.html") for folder in (one, two)]
+    for page in pages:
+        table = pd.read_csv(tmp_path / f"{page.stem}_tables" / "results.csv")
+        assert table["model"].tolist() == [page.stem]
+        assert f"{page.stem}_tables/" in page.read_text()
 
 
 def test_a_run_without_predictions_names_the_verbs_that_make_them(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What `umbif check` does: everything that can fail before an hour is spent."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -38,8 +39,20 @@ def check_recipe(recipe: Recipe) -> str:
         f"  corpus       {len(built.data.corpus)} exams at {built.data.corpus.spacing_mm:g} mm",
         f"  batch        {len(batch)} views of {' x '.join(map(str, batch.image.shape[2:]))} voxels, "
         f"{sequences:.1f} sequences each, read in {read_s:.2f} s",
+        f"  hardware     {hardware(built.trainer_args)}",
         f"  run folder   {recipe.tree['run']['dir']}",
     ])  # fmt: skip
+
+
+def hardware(trainer: Mapping[str, Any]) -> str:
+    """What a recipe asks for; on the login node of a cluster it is not there, and that is no mistake."""
+    kind, wanted = str(trainer.get("accelerator", "auto")), trainer.get("devices", "auto")
+    nodes = trainer.get("num_nodes", 1)
+    asked = f"{wanted} x {kind}" + (f" on each of {nodes} nodes" if nodes != 1 else "")
+    there = torch.cuda.device_count()
+    if kind not in ("gpu", "cuda") or (isinstance(wanted, int) and wanted <= there):
+        return asked
+    return f"{asked}; this machine has {there or 'none'}: fit will need one that has"
 
 
 def count(parameters: Iterable[torch.nn.Parameter]) -> int:

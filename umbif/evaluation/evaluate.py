@@ -40,7 +40,8 @@ def held_out(predictions: pd.DataFrame) -> pd.DataFrame:
     """The test rows, one per task, model and exam, with a column `call`.
 
     Several fits of one model (seeds, repeats) are averaged, scores and thresholds alike: an ensemble that makes one
-    call. `pooled` marks exams of which each was scored by some folds only, as in cross-validation.
+    call. `num_fits` counts them. `pooled` marks exams of which each was scored by some folds only, as in
+    cross-validation.
 
     Raises:
         UsageError: Columns or test rows are missing, labels are not 0/1, scores are not in [0, 1], an exam was scored
@@ -55,7 +56,8 @@ def held_out(predictions: pd.DataFrame) -> pd.DataFrame:
     keys = ["task", "model", "exam"]
     exams = rows.groupby(keys, sort=False, as_index=False).agg(
         person=("person", "first"), y=("y", "first"), positive=("class", "first"),
-        score=("score", "mean"), threshold=("threshold", "mean"), num_folds=("fold", "nunique"),
+        score=("score", "mean"), threshold=("threshold", "mean"), num_fits=("score", "size"),
+        num_folds=("fold", "nunique"),
     )  # fmt: skip
     folds = rows.groupby(["task", "model"])["fold"].nunique().rename("all_folds")
     exams = exams.join(folds, on=["task", "model"])
@@ -88,6 +90,7 @@ def _result(exams: pd.DataFrame) -> TaskResult:
         calibration=calibration(y, score),
         few=int(min(y.sum(), len(y) - y.sum())) < FEW,
         pooled=bool(exams["pooled"].any()),
+        num_fits=int(exams["num_fits"].max()),
         y=y,
         score=score,
     )

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from umbif.errors import Problem, UsageError
 from umbif.evaluation.compare import Comparison, compare_all
@@ -26,6 +28,7 @@ MANY = 3  # models, or differences, that a sentence can still name
 MEASURES = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
 PACKAGES = ("umbif", "numpy", "scipy", "statsmodels", "scikit-learn", "pandas", "matplotlib")
 DASH = "–"
+NO_PART_OF_A_MODEL = ("data.seed", "data.num_workers", "data.cache_gib")  # of a recipe's model and data
 
 
 def write_report(
@@ -41,7 +44,8 @@ def write_report(
 
     Args:
         runs: Run folders, each with `predictions.parquet`.
-        out: The page (`*.html`), or a folder to put `report.html` in. Tables go to `report_tables/` beside it.
+        out: The page (`*.html`), or a folder to put `report.html` in. Tables go beside it, to `report_tables/`
+            or whatever the page is called.
         title: Heading of the page.
         notes: Limits a reader must know first, such as "These exams are synthetic."
         figures: Captions and picture files, shown after the results.
@@ -58,8 +62,10 @@ def write_report(
     models = list(dict.fromkeys(result.model for result in results))
     by_task = {task: [r for r in results if r.task == task] for task in dict.fromkeys(r.task for r in results)}
     page = out if out.suffix.lower() in (".html", ".htm") else out / "report.html"
+    tables = page.with_name(f"{page.stem}_tables")
     html = render(
         "report.html.j2",
+        tables=tables.name,
         title=title,
         summary=summary(results, comparisons),
         notes=[*notes, *_limits(results)],
@@ -78,7 +84,7 @@ def write_report(
         number=number, interval=interval, p_value=p_value, signed=signed, percent=percent,
     )  # fmt: skip
     write_page(page, html)
-    _write_tables(page.parent / "report_tables", results, comparisons)
+    _write_tables(tables, results, comparisons)
     return page
 
 
@@ -149,7 +155,10 @@ def _verdict(results: Sequence[TaskResult]) -> str:
 
 
 def _limits(results: Sequence[TaskResult]) -> list[str]:
-    limits = []
+    limits = [
+        f"{r.model} on {r.task} is an ensemble: each score is the mean of {r.num_fits} fits."
+        for r in results if r.num_fits > 1
+    ]  # fmt: skip
     if few := list(dict.fromkeys(r.task for r in results if r.few)):
         limits.append(
             f"{_listed(few)}: fewer than 10 test exams in one class. Such intervals are too narrow more often than "
@@ -256,7 +265,42 @@ def _read(runs: Sequence[Path]) -> pd.DataFrame:
                  for path in paths if not path.is_file()]  # fmt: skip
     if problems:
         raise UsageError(problems)
-    return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+    tables = [pd.read_parquet(path) for path in paths]
+    _demand_one_recipe(dict(zip(runs, tables, strict=True)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _demand_one_recipe(tables: Mapping[Path, pd.DataFrame]) -> None:
+    """Fits that differ in more than their seed are several models: their mean would be nobody's."""
+    fits: dict[tuple[str, str], list[Path]] = {}
+    for run, rows in tables.items():
+        table = rows.drop_duplicates(["task", "model"])
+        for task, model in zip(table["task"], table["model"], strict=True):
+            fits.setdefault((task, model), []).append(run)
+    problems = [
+        Problem(
+            f"fits of {model} on {task} differ in {', '.join(differ[:MANY])}",
+            ", ".join(Path(run).name for run in runs),
+            "Give each its own model.model_name, or report them apart",
+        )
+        for (task, model), runs in fits.items()
+        if (differ := _differences(runs))
+    ]
+    if problems:
+        raise UsageError(problems)
+
+
+def _differences(runs: Sequence[Path]) -> list[str]:
+    """Keys of the recipes, where they are kept, that have several values."""
+    settings = [_settings(run) for run in runs if (Path(run) / "recipe.yaml").is_file()]
+    return [key for key in sorted({*chain(*settings)}) if len({str(one.get(key)) for one in settings}) > 1]
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """What of a run's recipe makes its model, by dotted key."""
+    tree = yaml.safe_load((Path(run) / "recipe.yaml").read_text(encoding="utf-8"))
+    (flat,) = pd.json_normalize({name: tree.get(name) for name in ("model", "data")}).to_dict("records")
+    return {str(key): value for key, value in flat.items() if key not in NO_PART_OF_A_MODEL}
 
 
 def _provenance(runs: Sequence[Path]) -> dict[str, Any]:

@@ -105,6 +105,7 @@ class TaskResult:
     calibration: Calibration
     few: bool
     pooled: bool
+    num_fits: int  # whose scores of an exam are averaged
     y: NDArray[np.int64] = field(repr=False, compare=False)
     score: Floats = field(repr=False, compare=False)
 
