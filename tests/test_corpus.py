@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from umbif.corpus.prepare import merge, parse_part, prepare_corpus
 from umbif.corpus.preprocess import Preparation, UnusableExam, is_finer, prepare_exam, quantise
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import BRAIN, TUMOUR, Corpus, ShardWriter, encode
-from umbif.errors import UmbifError, UsageError
+from umbif.errors import Stopped, UmbifError, UsageError
 from umbif.stream.exams import read_view
 from umbif.stream.order import View
 
@@ -226,6 +227,27 @@ def test_a_preparation_that_was_cut_off_goes_on_to_the_same_corpus(
     prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
     merge(manifest, tmp_path)
     assert not list((tmp_path / "shards").glob(".*.writing"))
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+@pytest.mark.parametrize(("end", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)])
+def test_a_preparation_that_is_ended_keeps_every_whole_exam(
+    corpus, manifest, preparation, tmp_path, monkeypatch, end, error
+):
+    tried = []
+
+    def ended_at_the_third(rows, how, prepare_one=prepare._prepare_one):
+        tried.append(rows[0]["exam"])
+        if len(tried) == 3:
+            os.kill(os.getpid(), end)
+        return prepare_one(rows, how)
+
+    monkeypatch.setattr(prepare, "_prepare_one", ended_at_the_third)
+    with pytest.raises(error):
+        prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    merge(manifest, tmp_path)
+    assert len(tried) == 8 + 1  # the third is tried twice, no other
     assert contents(Corpus(tmp_path)) == contents(corpus)
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,7 +23,7 @@ from umbif.corpus.manifest import SCHEMA, label_columns
 from umbif.corpus.preprocess import Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode
-from umbif.errors import Problem, UmbifError, UsageError
+from umbif.errors import Problem, Stopped, UmbifError, UsageError
 from umbif.machine import num_cores
 from umbif.progress import track
 
@@ -52,11 +54,12 @@ def prepare_corpus(
     Raises:
         UsageError: The folder holds a corpus of another manifest or recipe.
         UmbifError: Another process is preparing this part.
+        Stopped: A scheduler's SIGTERM came; what is whole was kept, as after Ctrl-C.
     """
     _claim(out, manifest, how)
     exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
     stem = f"{part[0]:05d}-of-{part[1]:05d}"
-    with _held(out, stem):
+    with _held(out, stem), _stoppable():
         _remove_unusable(out / "shards", stem)
         done = _exams_done(out)
         todo = [exam for exam in exams if exam[0] not in done]
@@ -146,6 +149,23 @@ def _held(out: Path, stem: str) -> Iterator[None]:
         raise UmbifError(f"Another process is preparing this part of {out}. Wait for it to end.") from None
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Lets a SIGTERM end the work in order, as Ctrl-C does; where signals can be taken at all, in the main thread."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped("Ended by SIGTERM. What is prepared stays; the same command goes on.", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _remove_unusable(shards: Path, stem: str) -> None:
     """What this part was writing when it was cut off, and tables whose shard is gone or cut: their exams come anew."""
     for leftover in shards.glob(f".{stem}_*.writing"):
@@ -192,12 +212,15 @@ def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | 
     num_workers = min(num_workers or num_cores(), len(jobs))
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_calm_worker) as pool:
         waiting: deque[Future[tuple[Any, ...]]] = deque()
-        for job in jobs:
-            waiting.append(pool.submit(_prepare_one, *job))
-            if len(waiting) >= 2 * num_workers:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_prepare_one, *job))
+                if len(waiting) >= 2 * num_workers:
+                    yield _result(waiting.popleft())
+            while waiting:
                 yield _result(waiting.popleft())
-        while waiting:
-            yield _result(waiting.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what comes after an end
 
 
 def _result(future: "Future[tuple[Any, ...]]") -> tuple[Any, ...]:
@@ -214,6 +237,7 @@ def _calm_worker() -> None:
     import torch
 
     torch.set_num_threads(1)  # the exams are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all of them; the first one answers
 
 
 def _prepare_one(rows: list[Row], how: Preparation) -> tuple[list[tuple[Row, bytes]], list[Row]]:
@@ -283,15 +307,18 @@ def _write_shards(results: Iterable[tuple[Any, ...]], folder: Path, stem: str) -
     writer: ShardWriter | None = None
     rows: list[Row] = []
     number = max((int(path.stem[-5:]) + 1 for path in folder.glob(f"{stem}_*.parquet")), default=0)
-    for frames, bad in results:
-        if writer is None:
-            writer = ShardWriter(folder / f"{stem}_{number:05d}.shard")
-        rows += [{**row, **writer.append(frame)} for row, frame in frames] + bad
-        if writer.num_bytes >= SHARD_BYTES:
+    try:
+        for frames, bad in results:
+            if writer is None:
+                writer = ShardWriter(folder / f"{stem}_{number:05d}.shard")
+            rows += [{**row, **writer.append(frame)} for row, frame in frames] + bad
+            if writer.num_bytes >= SHARD_BYTES:
+                full, writer = writer, None
+                _close(full, rows)
+                rows, number = [], number + 1
+    finally:
+        if writer is not None and rows:  # also of a preparation that is cut off here: whole exams stay
             _close(writer, rows)
-            writer, rows, number = None, [], number + 1
-    if writer is not None:
-        _close(writer, rows)
 
 
 def _close(writer: ShardWriter, rows: list[Row]) -> None:
