@@ -11,9 +11,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import groupby
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -76,7 +78,7 @@ def merge(manifest: pd.DataFrame, out: Path) -> str:
         UmbifError: Exams of the manifest are in no part.
     """
     rows = _prepared(out)
-    missing = {exam for exam, _ in _exams_of(manifest)} - set(rows["exam"])
+    missing = {*_usable(manifest)["exam"]} - {*rows["exam"]}
     if missing:
         raise UmbifError(
             f"{len(missing)} of {manifest['exam'].nunique()} exams have not been prepared; nothing was published. "
@@ -128,15 +130,16 @@ def _identity(manifest: pd.DataFrame, how: Preparation) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _exams_of(manifest: pd.DataFrame) -> list[tuple[str, list[Row]]]:
+def _usable(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Files of the exams that have an image, exam after exam."""
     usable = manifest[manifest["status"] == "ok"]
-    with_image = set(usable.loc[usable["role"] == "image", "exam"])
-    groups = usable[usable["exam"].isin(with_image)].groupby("exam", sort=True)
-    return [(str(exam), _records(rows)) for exam, rows in groups]
+    with_image = usable["exam"].isin(usable.loc[usable["role"] == "image", "exam"])
+    return usable[with_image].sort_values("exam", kind="stable")
 
 
-def _records(rows: pd.DataFrame) -> list[Row]:
-    return [{str(name): value for name, value in row.items()} for row in rows.to_dict("records")]
+def _exams_of(manifest: pd.DataFrame) -> list[tuple[str, list[Row]]]:
+    rows = cast(list[Row], _usable(manifest).to_dict("records"))  # at once: a table of each exam takes minutes of many
+    return [(exam, [*files]) for exam, files in groupby(rows, key=itemgetter("exam"))]
 
 
 @contextmanager

@@ -214,7 +214,8 @@ def exams_of_split(corpus: Corpus, split: str) -> npt.NDArray[np.int64]:
 
 def with_tumour(corpus: Corpus, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Those of some rows of `corpus.exams` that have a tumour mask."""
-    return np.asarray([row for row in rows if TUMOUR in corpus.frames(int(row))], dtype=np.int64)
+    with_mask = corpus.index.loc[corpus.index["name"] == TUMOUR, "exam"]
+    return rows[corpus.exams["exam"].isin(with_mask).to_numpy()[rows]]
 
 
 def place(trainer: pl.Trainer | None) -> tuple[int, int]:
