@@ -1,6 +1,7 @@
 """A run that is killed anywhere and started again ends with the weights of a run that was left alone."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,12 +60,13 @@ def test_a_run_that_is_made_longer_logs_step_after_step(corpus_folder: Path, tmp
 
 
 def test_a_run_of_which_every_step_was_skipped_exports_nothing(
-    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Guard, "_reason", lambda guard, norm: "the loss is not finite")
     with pytest.raises(UmbifError, match=r"All 3 steps were skipped; .*log\.txt says why\. Nothing was exported\."):
         fit(small(corpus_folder, tmp_path, 3))
     assert not list(tmp_path.rglob("encoder"))
+    assert re.search(r"WARNING +Step 2: the loss is not finite; the step was skipped", capsys.readouterr().out)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(corpus_folder: Path, tmp_path: Path) -> None:

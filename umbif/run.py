@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.logging import RichHandler
 
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import environment, is_leader
+from umbif.progress import console
 from umbif.recipe import Recipe, read_tree
 
 # What may differ when a run goes on: nothing of it enters the numbers.
@@ -107,13 +109,17 @@ def write_provenance(folder: Path, recipe: Recipe) -> None:
 
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    """Writes what is logged to a file, and warnings to the console too: who watches must not miss them."""
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    shown = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     logger = logging.getLogger("umbif")
     logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
+    for handler in (file, shown):
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        logger.removeHandler(handler)
-        handler.close()
+        for handler in (file, shown):
+            logger.removeHandler(handler)
+        file.close()
