@@ -27,6 +27,7 @@ FIT = ("fit", "pretrain/umbif_tiny")
         (["report", "/nowhere"], ["/nowhere"]),
         (["cp", "pretrain/umbif_tini", "x.yaml"], ["Did you mean pretrain/umbif_tiny?"]),
         (["fit", "prepare/brain_2mm"], ["trains nothing", "umbif ls pretrain"]),
+        (["prepare", "m.parquet", "--recipe", FIT[1]], ["no recipe of a preparation", FIT[1], "umbif ls prepare"]),
         (["ls", "pretrian"], ["pretrian", "Did you mean pretrain?"]),
     ],
 )
@@ -62,6 +63,57 @@ def test_a_strategy_that_this_hardware_cannot_have_is_answered(
     code, _, err = run([*FIT, *wrong], monkeypatch, capsys)
     assert code == 2
     assert "this machine cannot do what trainer asks: got The strategy `fsdp` requires a GPU" in err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("trainer.limit_train_batches=-1", "You have passed invalid value -1.0 for limit_train_batches"),
+        ("trainer.strategy=foo", "You selected an invalid strategy name: `strategy='foo'`"),
+        ("trainer.devices=-3", "`devices` selected with `CPUAccelerator` should be an int > 0"),
+    ],
+)
+def test_a_wrong_value_of_trainer_is_not_taken_for_hardware_that_is_wanting(
+    wrong: str, said: str, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    command = [*FIT, f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}", wrong]
+    code, _, err = run(command, monkeypatch, capsys)
+    assert code == 2
+    assert f"trainer holds a value that Lightning does not take: got {said}" in err
+    assert "hardware" not in err
+
+
+def test_an_index_without_images_ends_with_a_message_and_a_manifest_to_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "P1_t1.nii.gz").write_text("no image")
+    command = ["index", str(tmp_path), "-o", str(tmp_path / "m.parquet"), "--workers", "0"]
+    code, out, err = run(command, monkeypatch, capsys)
+    assert code == 1
+    assert "No image was found among 1 files" in err
+    assert "Next:" not in out
+    assert (tmp_path / "m.parquet").is_file()
+
+
+def test_an_index_asks_for_its_place_before_it_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "P1_t1.nii.gz").write_text("no image")
+    monkeypatch.setattr("umbif.corpus.index._inspect_all", lambda *_: pytest.fail("a volume was read"))
+    code, _, err = run(["index", str(tmp_path), "-o", str(tmp_path)], monkeypatch, capsys)
+    assert code == 2
+    assert "A manifest is a .parquet file" in err
+
+
+@pytest.mark.parametrize("verb", [["index", "x"], ["prepare", "x"], ["phantom", "-o", "x"]])
+def test_fewer_processes_than_none_are_refused(
+    verb: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run([*verb, "--workers", "-1"], monkeypatch, capsys)
+    assert code == 2
+    assert "--workers" in err
 
 
 def test_a_corrupt_yaml_file_is_answered(

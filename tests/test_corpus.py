@@ -333,6 +333,38 @@ def test_exams_whose_shard_is_gone_or_cut_are_prepared_anew(
     assert contents(Corpus(tmp_path)) == contents(corpus)
 
 
+def test_the_table_of_a_shard_that_is_damaged_is_named_and_comes_anew_once_deleted(
+    corpus, manifest, preparation, tmp_path
+):
+    for part in ((1, 2), (2, 2)):
+        prepare_corpus(manifest, tmp_path, preparation, part=part, num_workers=0)
+    (table, _) = sorted((tmp_path / "shards").glob("*.parquet"))
+    table.write_bytes(table.read_bytes()[:-20])
+    for again in (lambda: prepare_corpus(manifest, tmp_path, preparation, part=(2, 2), num_workers=0),
+                  lambda: merge(manifest, tmp_path)):  # fmt: skip
+        with pytest.raises(UsageError, match=rf"{table} is damaged, .*Delete it .*every --part"):
+            again()
+    table.unlink()
+    prepare_corpus(manifest, tmp_path, preparation, part=(1, 2), num_workers=0)
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}"])
+def test_a_corpus_json_that_is_damaged_is_named_and_comes_anew_once_deleted(
+    corpus, manifest, preparation, tmp_path, content
+):
+    folder = shutil.copytree(corpus.folder, tmp_path / "copy")
+    about = folder / "corpus.json"
+    before = about.read_text()
+    about.write_text(content)
+    with pytest.raises(UsageError, match=rf"{about} is damaged, .*delete it .*umbif prepare"):
+        prepare_corpus(manifest, folder, preparation, num_workers=0)
+    about.unlink()
+    prepare_corpus(manifest, folder, preparation, num_workers=0)
+    assert about.read_text() == before
+
+
 def test_two_processes_make_the_same_corpus(corpus, manifest, preparation, tmp_path):
     prepare_corpus(manifest, tmp_path, preparation, num_workers=2)
     merge(manifest, tmp_path)
@@ -364,7 +396,7 @@ def test_one_flipped_bit_is_caught(tmp_path, name, where):
     frame = corpus.frames(0)[name]
     row = corpus.index.iloc[frame.row]
     flip_bit(folder / "shards" / row["shard"], row["byte_offset"] + round(where * (row["byte_length"] - 1)))
-    with pytest.raises(UmbifError, match=rf"Row {frame.row} .* damaged"):
+    with pytest.raises(UmbifError, match=rf"damaged or gone \(row {frame.row} .*umbif prepare"):
         corpus.read(frame, (0, 0, 0), (4, 4, 4))
 
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "umbif"
 SOURCES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 FLOW = ("pages", "corpus", "stream", "encoders", "pretrain", "downstream", "evaluation", "deploy")
-FOR_ALL = ("errors", "machine", "progress", "quiet", "ranges", "__version__")
+FOR_ALL = ("errors", "files", "machine", "progress", "quiet", "ranges", "__version__")
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 RECIPES = sorted(
     path.relative_to(ROOT / "recipes").with_suffix("").as_posix()

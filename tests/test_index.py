@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from umbif.corpus import index
 from umbif.corpus.checks import duplicates, inspect, perceptual_hash
 from umbif.corpus.datasets import Found, find_volumes, parse_name
-from umbif.corpus.index import _inspect_all, build_manifest, summary
+from umbif.corpus.index import _inspect_all, build_manifest, refuse_impossible, refuse_without_images, summary
 from umbif.corpus.manifest import (
     COLUMNS,
     assign_persons,
@@ -22,7 +23,7 @@ from umbif.corpus.manifest import (
     write_manifest,
 )
 from umbif.corpus.readers import read_volume
-from umbif.errors import UsageError
+from umbif.errors import UmbifError, UsageError
 
 
 def brain(seed: int) -> np.ndarray:
@@ -111,8 +112,18 @@ def test_sources_that_cannot_be_meant_are_refused(tmp_path):
     with pytest.raises(UsageError, match="no such folder"):
         build_manifest([tmp_path / "gone"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="dcm2niix"):
-        build_manifest([tmp_path / "empty"])
+    (tmp_path / "empty" / "notes.txt").write_text("nii")
+    for source in (tmp_path / "empty", tmp_path / "empty" / "notes.txt"):
+        with pytest.raises(UsageError, match=rf"No image was found: got {source}\. Looked for \.nii and .*dcm2niix"):
+            build_manifest([source])
+
+
+def test_a_manifest_without_an_image_is_told(tmp_path, manifest):
+    (tmp_path / "P1_t1.nii.gz").write_text("no image")
+    save(tmp_path / "P1_seg.nii.gz", (brain(4) > 0).astype(np.uint8))
+    with pytest.raises(UmbifError, match=r"No image was found among 2 files .*Looked for \.nii.*m\.parquet has status"):
+        refuse_without_images(build_manifest([tmp_path], num_workers=0), Path("m.parquet"))
+    refuse_without_images(manifest, Path("m.parquet"))
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +306,61 @@ def test_label_tables_that_cannot_be_meant_are_refused(tmp_path, text, message):
     table = rows(("A", "P-01", ""), ("A", "1", ""), ("A", "77", ""), ("B", "77", ""))
     with pytest.raises(UsageError, match=message):
         join_labels(table, table_file(tmp_path, text))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "nested.parquet"])
+def test_a_label_table_that_cannot_be_read_is_named(tmp_path, kind):
+    path = tmp_path / f"labels.{kind}"
+    path.write_bytes(b'"' * 1_000_001)
+    if kind == "nested.parquet":
+        pd.DataFrame({"ID": [[{"a": 1}]]}).to_parquet(path)
+    with pytest.raises(UsageError, match=rf"{path} is damaged, .*got .*as CSV again"):
+        join_labels(rows(("A", "P-01", "")), path)
+
+
+def test_what_cannot_be_meant_is_told_before_a_volume_is_read(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "_inspect_all", lambda *_: pytest.fail("a volume was read"))
+    wrong = {
+        "There is no label table": {"labels": tmp_path / "gone.csv"},
+        r"Label tables are \.csv": {"labels": cohort / "P-003_t1.nii.gz"},
+        "no table with one header row": {"labels": table_file(tmp_path, "ID,idh\nP-001,0,1\n", "uneven.csv")},
+        "No row of other.csv belongs to an exam": {"labels": table_file(tmp_path, "ID,idh\nQ1,0\n", "other.csv")},
+        r"disagree: got idh": {"labels": table_file(tmp_path, "ID,idh\nP-001,0\nP-001,1\n", "torn.csv")},
+        "test_fraction must be at least 0": {"test_fraction": 1.0},
+    }
+    for message, asked in wrong.items():
+        with pytest.raises(UsageError, match=message):
+            build_manifest([cohort], num_workers=0, **asked)
+
+
+def test_all_that_cannot_be_meant_is_told_at_once_with_the_place_of_the_manifest(cohort, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        refuse_impossible(-0.1, tmp_path / "gone.csv", tmp_path / "manifest.csv")
+    assert [problem.what for problem in caught.value.problems] == [
+        "test_fraction must be at least 0 and less than 1", "There is no label table", "A manifest is a .parquet file",
+    ]  # fmt: skip
+    (tmp_path / "data").mkdir()
+    (tmp_path / "folder.parquet").mkdir()
+    (tmp_path / "other.parquet").write_text("mine")
+    for name, message in {
+        "folder.parquet": "where a folder is", "other.parquet": "exists and is no manifest",
+        "dta/m.parquet": "no such folder: got .*/dta. Did you mean data?", "x/m.parquet": "no such folder.*Make it",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            refuse_impossible(0.2, output=tmp_path / name)
+    assert (tmp_path / "other.parquet").read_text() == "mine"
+
+
+def test_labels_of_an_indexed_folder_stand_in_the_rows_of_their_exams(cohort, manifest, tmp_path):
+    text = "subject,person,idh\nP-002,human-9,1\nP-001,,0\n"
+    table = build_manifest([cohort], labels=table_file(tmp_path, text), test_fraction=0.5, num_workers=0)
+    assert list(table.columns) == [*COLUMNS, "idh"]
+    assert table["path"].tolist() == manifest["path"].tolist()
+    expected = {"P-001": "0", "P-002": "1"}
+    assert table["idh"].tolist() == [expected.get(subject, "") for subject in table["subject"]]
+    assert table.groupby("subject")["person"].unique()["P-002"].tolist() == ["human-9"]
+    untouched = [c for c in COLUMNS if c not in ("person", "split")]
+    pd.testing.assert_frame_equal(table[untouched], manifest[untouched])
 
 
 def test_a_dataset_column_keeps_equal_names_of_data_sets_apart(tmp_path):

@@ -135,6 +135,19 @@ def test_a_run_without_predictions_names_the_verbs_that_make_them(tmp_path: Path
         write_report([tmp_path], tmp_path / "page.html")
 
 
+def test_a_run_that_does_not_exist_is_told_with_the_nearest_folder(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "idh").mkdir(parents=True)
+    (tmp_path / "runs" / "notes.txt").write_text("")
+    for given, said in {
+        "runs/ihd": r"There is no such folder: got .*runs/ihd\. Did you mean idh\?",
+        "rns/idh": r"There is no such folder: got .*rns/idh\. Did you mean runs\?",
+        "runs/mgmt": r"There is no such folder: got .*runs/mgmt$",
+        "runs/notes.txt": "A run is a folder, and this is a file",
+    }.items():
+        with pytest.raises(UsageError, match=said):
+            write_report([tmp_path / given], tmp_path / "page.html")
+
+
 def test_a_file_of_another_origin_is_never_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "page.html"
     mine.write_text("my notes")

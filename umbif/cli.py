@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from umbif import __version__
-from umbif.errors import Problem, UmbifError, UsageError
+from umbif.errors import Problem, UmbifError, UsageError, nearest
+from umbif.files import refused
 from umbif.progress import console
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -102,9 +103,10 @@ def index(
     workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
 ) -> None:
     """Reads every volume of a folder tree, checks it, groups exams, splits people."""
-    from umbif.corpus.index import build_manifest, summary
+    from umbif.corpus.index import build_manifest, refuse_impossible, refuse_without_images, summary
     from umbif.corpus.manifest import write_manifest
 
+    refuse_impossible(test_fraction, labels, output)
     table = build_manifest(
         source, dataset=dataset, labels=labels, test_fraction=test_fraction, seed=seed, num_workers=workers
     )
@@ -112,6 +114,7 @@ def index(
     print(summary(table))
     if earlier is not None:
         print(f"The manifest that stood there is now {earlier}")
+    refuse_without_images(table, output)
     following(typed("umbif", "prepare", output, "-o", "corpus"))
 
 
@@ -135,11 +138,14 @@ def prepare(
     """Makes a corpus of a manifest: aligned, cropped, compressed, checked. Goes on where it stopped."""
     from umbif.corpus import prepare as engine
     from umbif.corpus.manifest import read_manifest
-    from umbif.recipe import compose
+    from umbif.recipe import compose, list_recipes
     from umbif.recipe_check import construct
 
-    table = read_manifest(manifest)
-    how = construct(compose(recipe, overrides or []))
+    composed = compose(recipe, overrides or [])
+    if "class_path" not in composed.tree:
+        cure = f"{nearest(recipe, list_recipes('prepare'))} See them:  umbif ls prepare"
+        raise UsageError(Problem("--recipe names no recipe of a preparation", recipe, cure))
+    table, how = read_manifest(manifest), construct(composed)
     if not merge:
         numbers = engine.parse_part(part) if part else (1, 1)
         engine.prepare_corpus(table, output, how, part=numbers, num_workers=workers)
@@ -275,9 +281,12 @@ def main() -> None:
     """Runs a verb; a person's mistake ends with one message and never with a traceback."""
     try:
         app()
-    except UmbifError as error:
-        print(f"umbif: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+    except (UmbifError, OSError) as error:
+        answer = refused(error) if isinstance(error, OSError) else error
+        if answer is None:
+            raise
+        print(f"umbif: {answer}", file=sys.stderr)
+        raise SystemExit(answer.exit_code) from None
     except SystemExit as end:
         if end.code == INTERRUPTED:  # how typer answers Ctrl-C
             print("\numbif: interrupted. The same command starts it again.", file=sys.stderr)

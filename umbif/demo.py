@@ -13,6 +13,7 @@ from umbif.corpus.prepare import merge, prepare_corpus
 from umbif.corpus.shards import Corpus
 from umbif.errors import Problem, UsageError
 from umbif.evaluation.report import write_report
+from umbif.files import read_mapping, write_text
 from umbif.fit import fit
 from umbif.progress import console
 from umbif.recipe import compose
@@ -75,11 +76,10 @@ def _step(title: str) -> None:
 def _check_same_kind(out: Path, null: bool) -> None:
     """Shuffled and true labels must not meet in one folder."""
     path = out / "demo.json"
-    if path.exists() and json.loads(path.read_text())["null"] != null:
-        raise UsageError(
-            Problem(f"{out} holds a demo {'without' if null else 'with'} --null", cure="Choose another folder with -o")
-        )
-    path.write_text(json.dumps({"null": null}))
+    cure = "Choose another folder with -o"
+    if path.exists() and read_mapping(path, cure).get("null") != null:
+        raise UsageError(Problem(f"{out} holds a demo {'without' if null else 'with'} --null", cure=cure))
+    write_text(path, json.dumps({"null": null}))
 
 
 def _manifest(out: Path, null: bool, num_exams: int) -> pd.DataFrame:

@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+MOST_LETTERS = 200  # of what another library says
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -23,6 +25,10 @@ class UmbifError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        # A DataLoader hands on an error of its worker as one text, whose traceback ends with what was said.
+        return super().__str__().rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip()
+
 
 class Stopped(UmbifError):
     """Somebody ended the work: a person by Ctrl-C, or a system by a signal.
@@ -41,13 +47,14 @@ class UsageError(UmbifError):
     """What was asked for cannot be meant so. Ends with exit code 2.
 
     Args:
-        problems: All of the problems found, not only the first.
+        problems: All of the problems found, not only the first; or their text, as errors come out of other processes.
         where: What they were found in (a recipe, a table, a folder).
     """
 
     exit_code = 2
 
-    def __init__(self, problems: Problem | Sequence[Problem], where: str = "") -> None:
+    def __init__(self, problems: Problem | Sequence[Problem] | str, where: str = "") -> None:
+        problems = Problem(problems) if isinstance(problems, str) else problems
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
         super().__init__(self._text(where))
 
@@ -56,6 +63,17 @@ class UsageError(UmbifError):
             return str(self.problems[0])
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         return "\n".join([f"{count} in {where}:" if where else f"{count}:", *(f"  {p}" for p in self.problems)])
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line that a message can hold."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is not None and problem:  # YAML's
+        return f"{problem} in line {mark.line + 1}"
+    if type(error) is KeyError:
+        return f"no {error.args[0]}"
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return line if len(line) <= MOST_LETTERS else f"{line[:MOST_LETTERS]} …"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """What `umbif fit` does: build, resume, train, export."""
 
-import json
 import logging
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from umbif.encoders.weights import CONFIG
-from umbif.errors import Problem, Stopped, UmbifError, UsageError
+from umbif.encoders.weights import CONFIG, ENCODER_CURE
+from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
+from umbif.files import read_mapping, reading
 from umbif.machine import is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
@@ -29,6 +30,8 @@ from umbif.scale.throughput import Throughput
 from umbif.stream.modules import SlotCounter
 
 log = logging.getLogger("umbif")
+# How Lightning says that hardware, or a package for it, is not there; it raises the same errors for a wrong value.
+NOT_THERE = re.compile(r"your (?:system|machine)|backend found|requires a GPU|not supported|installed|Requirement")
 
 
 def fit(recipe: Recipe) -> Path:
@@ -76,7 +79,8 @@ def length_problems(recipe: Recipe) -> Iterator[Problem]:
 def finished_steps(folder: Path) -> int:
     """The steps after which a run's encoder was exported; -1 for a run that has not ended."""
     config = folder / "encoder" / CONFIG
-    return int(json.loads(config.read_text()).get("steps", 0)) if config.exists() else -1
+    with reading(config, ENCODER_CURE):
+        return int(read_mapping(config, ENCODER_CURE).get("steps", 0)) if config.exists() else -1
 
 
 def _train(recipe: Recipe, folder: Path) -> None:
@@ -148,10 +152,6 @@ def _last_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def check_together(built: Built) -> None:
     """Refuses what no part of a recipe can know alone, and what would go wrong without a word.
 
@@ -187,7 +187,7 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
     """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else.
 
     Raises:
-        UsageError: The recipe asks for hardware that is not there.
+        UsageError: The recipe asks for hardware that is not there, or holds a value that Lightning does not take.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
@@ -209,9 +209,16 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
             plugins=[AtomicCheckpointIO()],
             callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+        raise UsageError(trainer_problem(error)) from error
+
+
+def trainer_problem(error: Exception) -> Problem:
+    """What Lightning would not build: for want of hardware, or for a value that means nothing."""
+    if NOT_THERE.search(str(error)):
         cure = "Run it where that hardware is, or choose another part, such as hardware=cpu"
-        raise UsageError(Problem("this machine cannot do what trainer asks", _first_line(error), cure)) from error
+        return Problem("this machine cannot do what trainer asks", one_line(error), cure)
+    return Problem("trainer holds a value that Lightning does not take", one_line(error))
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -15,7 +15,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
-from umbif.errors import Problem, UsageError, nearest
+from umbif.errors import Problem, UsageError, nearest, one_line
+from umbif.files import reading
 
 COMMAND_LINE = "command line"
 MISSING = "???"  # OmegaConf's mark for a value that the user must give
@@ -185,11 +186,9 @@ def _load_part(name: str) -> _Layer:
 
 
 def _load(path: Path) -> _Layer:
-    try:
+    with reading(path, "Correct it, or take a copy of the file that is whole", "cannot be read as YAML"):
         text = path.read_text(encoding="utf-8")
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UsageError(Problem(f"{path} cannot be read as YAML", _one_line(error))) from None
     if not isinstance(content, dict):
         raise UsageError(Problem(f"{path} must hold keys and values", f"a {type(content).__name__}"))
     include = content.pop("include", None) or []
@@ -217,7 +216,7 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any
             try:
                 branch = _hoist(_read(value))
             except (yaml.YAMLError, OmegaConfBaseException) as error:
-                problems.append(Problem(f"{key} has no YAML value: {_one_line(error)}", value, "Put it in quotes"))
+                problems.append(Problem(f"{key} has no YAML value: {one_line(error)}", value, "Put it in quotes"))
                 continue
             for part in reversed(parts):
                 branch = {part: branch}
@@ -231,13 +230,6 @@ def _read(text: str) -> Any:
     # YAML 1.1 takes 1e-4 for a string; OmegaConf's reader takes it for the number that was meant.
     content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
     return content["value"] if isinstance(content, dict) else None
-
-
-def _one_line(error: Exception) -> str:
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is not None and problem:
-        return f"{problem} in line {mark.line + 1}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _hoist(value: Any) -> Any:
@@ -326,7 +318,7 @@ def _item(node: Any, name: Any, key: str, failed: dict[str, Exception]) -> Any:
 def _unresolved(error: Exception, key: str, known: Sequence[str]) -> Problem:
     missing = re.search(r"Interpolation key '(.+?)' not found", str(error))
     if not missing:
-        return Problem(f"{key} cannot be resolved", _one_line(error))
+        return Problem(f"{key} cannot be resolved", one_line(error))
     hint = nearest(missing[1], [other for other in known if other != key])
     cure = hint if hint.startswith("Did") else f"Give it: {missing[1]}=VALUE, or change {key}"
     return Problem(f"{key} refers to {missing[1]}, which is not set", cure=cure)

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from rich.logging import RichHandler
 
 from umbif.errors import Problem, UmbifError, UsageError
+from umbif.files import naming, write_text
 from umbif.machine import environment, is_leader
 from umbif.progress import console
 from umbif.recipe import Recipe, read_tree
@@ -41,7 +42,7 @@ def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder):
+    with naming(folder), _held(folder):
         _check_same(folder, recipe)
         with _log_file(folder / "log.txt"):
             yield folder
@@ -99,12 +100,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def write_provenance(folder: Path, recipe: Recipe) -> None:
     """Writes what explains a run. Called once all is built: a recipe that cannot start must not claim the folder."""
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     origins = "".join(f"{key}: {json.dumps(origin)}\n" for key, origin in recipe.origins.items())
-    (folder / "origin.yaml").write_text(origins)
+    write_text(folder / "origin.yaml", origins)
     with (folder / "command.txt").open("a") as file:
         file.write(shlex.join(["umbif", *sys.argv[1:]]) + "\n")
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    write_text(folder / "environment.json", json.dumps(environment(), indent=2))
 
 
 @contextmanager

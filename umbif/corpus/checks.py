@@ -28,7 +28,7 @@ def inspect(found: Found) -> dict[str, Any]:
     except BadVolume as error:
         return quarantined(found, error.reason, error.detail)
     values = volume.canonical()
-    return _row(found) | {
+    return blank_row(found) | {
         "shape": list(volume.data.shape), "spacing_mm": list(volume.spacing_mm), "axcodes": volume.axcodes,
         "dtype": volume.data.dtype.name, "bytes": found.path.stat().st_size, "voxel_sha256": _voxel_sha256(values),
         "perceptual_hash": "" if is_mask else _perceptual_hash(values), "flags": ",".join(volume.flags),
@@ -37,7 +37,7 @@ def inspect(found: Found) -> dict[str, Any]:
 
 def quarantined(found: Found, reason: str, detail: str) -> dict[str, Any]:
     """The manifest row of a file that is not used."""
-    return _row(found) | {"status": "quarantined", "reason": reason, "detail": detail}
+    return blank_row(found) | {"status": "quarantined", "reason": reason, "detail": detail}
 
 
 def perceptual_hash(volume: Volume) -> str:
@@ -51,7 +51,8 @@ def duplicates(table: "pd.DataFrame") -> "pd.DataFrame":
     return images[images.duplicated("voxel_sha256", keep=False)].sort_values(["voxel_sha256", "path"])
 
 
-def _row(found: Found) -> dict[str, Any]:
+def blank_row(found: Found) -> dict[str, Any]:
+    """The manifest row of a file as far as its name tells."""
     exam = "/".join(filter(None, (found.dataset, found.subject, found.session)))
     return {
         "dataset": found.dataset, "subject": found.subject, "session": found.session, "exam": exam, "person": "",

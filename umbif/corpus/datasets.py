@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from umbif.errors import Problem, UsageError
 
+LOOKED_FOR = "Looked for .nii and .nii.gz files; DICOM and others are converted first, for example with dcm2niix."
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 SPELLINGS = {
     "t1": "t1 t1n t1w t1pre t1native t1precontrast mprage",
@@ -71,7 +72,7 @@ def find_volumes(sources: Sequence[Path], dataset: str | None = None) -> list[Fo
         dataset: The data set's name; by default the name of each source folder.
 
     Raises:
-        UsageError: A source is missing, or two sources would share one name.
+        UsageError: A source is missing, is a file that is no image, or two sources would share one name.
     """
     roots = [Path(source).resolve() for source in sources]
     _check_sources(sources, roots, dataset)
@@ -104,6 +105,8 @@ def _check_sources(given: Sequence[Path], roots: list[Path], dataset: str | None
     missing = [str(source) for source, root in zip(given, roots, strict=True) if not root.exists()]
     if missing or not roots:
         raise UsageError(Problem("There is no such folder or file", ", ".join(missing), "Check the spelling."))
+    if others := [str(source) for source in given if source.is_file() and not NIFTI.search(source.name)]:
+        raise UsageError(Problem("No image was found", ", ".join(others), LOOKED_FOR))
     names = [root.name for root in roots if root.is_dir() and dataset is None]
     if shared := sorted({name for name in names if names.count(name) > 1}):
         cure = "Exams of equal names would become one. Index them one by one, each with --dataset NAME."

@@ -10,10 +10,20 @@ from typing import Any
 
 import pandas as pd
 
-from umbif.corpus.checks import duplicates, inspect, quarantined
-from umbif.corpus.datasets import Found, find_volumes
-from umbif.corpus.manifest import COLUMNS, assign_persons, assign_splits, join_labels, label_columns
-from umbif.errors import Problem, UsageError
+from umbif.corpus.checks import blank_row, duplicates, inspect, quarantined
+from umbif.corpus.datasets import LOOKED_FOR, Found, find_volumes
+from umbif.corpus.manifest import (
+    COLUMNS,
+    FILLED_BY_LABELS,
+    assign_persons,
+    assign_splits,
+    fraction_problems,
+    join_labels,
+    label_columns,
+    label_problems,
+    place_problems,
+)
+from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import num_cores
 from umbif.progress import track
 
@@ -43,20 +53,47 @@ def build_manifest(
         num_workers: Processes; 0 reads in this process, None takes one per usable core.
 
     Raises:
-        UsageError: A source is missing, none holds a NIfTI file, or the label table does not fit.
+        UsageError: A source is missing, none holds a NIfTI file, or the label table does not fit; before any is read.
     """
+    refuse_impossible(test_fraction, labels)
     found = find_volumes([Path(source) for source in sources], dataset)
     if not found:
-        cure = "DICOM and other formats are converted first, for example with dcm2niix."
-        raise UsageError(Problem("No .nii or .nii.gz file was found", ", ".join(map(str, sources)), cure))
+        raise UsageError(Problem("No image was found", ", ".join(map(str, sources)), LOOKED_FOR))
+    known = pd.DataFrame(map(blank_row, found), columns=list(COLUMNS))
+    if labels is not None:
+        known = join_labels(known, labels)  # by names alone, so that a table that does not fit costs no hours
     if num_workers is None:
         num_workers = min(num_cores(), MAX_WORKERS, len(found))
     rows = sorted(track(_inspect_all(found, num_workers), "Reading volumes", len(found)), key=lambda row: row["path"])
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    if labels is not None:
-        table = join_labels(table, labels)
+    known = known.set_index("path").loc[[row["path"] for row in rows]].reset_index()
+    labelled = known[[*FILLED_BY_LABELS, *label_columns(known)]]
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).drop(columns=list(FILLED_BY_LABELS)).join(labelled)
     table = assign_splits(assign_persons(table), test_fraction, seed)
     return table[[*COLUMNS, *label_columns(table)]]
+
+
+def refuse_impossible(test_fraction: float, labels: str | Path | None = None, output: Path | None = None) -> None:
+    """Refuses what cannot be meant before any volume is read.
+
+    Raises:
+        UsageError: Names all of it.
+    """
+    problems = fraction_problems(test_fraction)
+    problems += label_problems(Path(labels)) if labels is not None else []
+    problems += place_problems(output) if output is not None else []
+    if problems:
+        raise UsageError(problems)
+
+
+def refuse_without_images(table: pd.DataFrame, output: Path) -> None:
+    """Refuses a manifest of which nothing can be prepared; it is there to be read.
+
+    Raises:
+        UmbifError: No volume is an image that can be used.
+    """
+    if not ((table["role"] == "image") & (table["status"] == "ok")).any():
+        found = f"No image was found among {len(table)} files that could be used: there is nothing to prepare."
+        raise UmbifError(f"{found} {LOOKED_FOR} {output} has status, reason and detail of each.")
 
 
 def summary(table: pd.DataFrame) -> str:

@@ -3,8 +3,8 @@
 import csv
 import hashlib
 import io
-import os
 import re
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from umbif.errors import Problem, UsageError
+from umbif.files import no_folder, read_parquet, reading, whole
 from umbif.progress import console
 
 _TEXT = pa.string()
@@ -25,6 +26,8 @@ COLUMNS = tuple(SCHEMA)  # label columns follow them, as text
 IDENTITY = ("dataset", "subject", "session", "exam")
 FILLED_BY_LABELS = ("person", "site")
 SESSION_NAMES = ("session", "session_id", "ses", "visit", "timepoint")
+LABEL_TABLES = (".csv", ".tsv", ".txt", ".parquet")
+MANIFEST_CURE = "`umbif index` writes manifests; a corpus' index.parquet is another table"
 NAMES_A_KEY = re.compile(r"(^|[^a-z])(id|subject|participant|patient|case|exam)([^a-z]|$)", re.IGNORECASE)
 
 
@@ -42,12 +45,10 @@ def read_manifest(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise UsageError(Problem("There is no manifest", str(path), "`umbif index SOURCE -o NAME.parquet` makes one."))
-    table = _read_parquet(path).to_pandas()
-    if missing := [column for column in COLUMNS if column not in table.columns]:
-        cure = "`umbif index` writes manifests; a corpus' index.parquet is another table."
-        raise UsageError(Problem(f"{path} is no manifest", f"no column {', '.join(missing)}", cure))
-    for column in ("shape", "spacing_mm"):
-        table[column] = [list(value) for value in table[column]]
+    table = read_parquet(path, MANIFEST_CURE, COLUMNS)
+    with reading(path, MANIFEST_CURE):
+        for column in ("shape", "spacing_mm"):
+            table[column] = [list(value) for value in table[column]]
     return table
 
 
@@ -58,21 +59,38 @@ def write_manifest(table: pd.DataFrame, path: str | Path) -> Path | None:
         Where the older manifest was moved to, or None.
 
     Raises:
-        UsageError: The path holds something that is no manifest, or its folder is missing.
+        UsageError: See `place_problems`.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise UsageError(Problem("There is no such folder", str(path.parent), "Make it first."))
+    if problems := place_problems(path):
+        raise UsageError(problems)
     content = _to_bytes(table)
     kept = None
     if path.exists():
-        before = _bytes_of_manifest(path)
+        before = path.read_bytes()
         if before == content:
             return None
         kept = path.with_name(f"{path.stem}.{hashlib.sha256(before).hexdigest()[:8]}{path.suffix}")
         _replace(kept, before)
     _replace(path, content)
     return kept
+
+
+def place_problems(path: Path) -> list[Problem]:
+    """Why a manifest cannot be written there; it is cheap to know before hours of reading."""
+    if path.suffix.lower() != ".parquet":
+        return [Problem("A manifest is a .parquet file", str(path), "Give it such a name")]
+    if not path.parent.is_dir():
+        return [no_folder(path.parent, "Make it first")]
+    if path.is_dir():
+        return [Problem("The manifest would stand where a folder is", str(path), "Name a file")]
+    if path.exists():
+        try:
+            read_manifest(path)
+        except UsageError:
+            return [Problem("The file to write exists and is no manifest", str(path), "Choose another name")]
+    with tempfile.TemporaryFile(dir=path.parent):
+        return []  # and so the system lets us write there
 
 
 def join_labels(table: pd.DataFrame, labels: str | Path) -> pd.DataFrame:
@@ -89,7 +107,8 @@ def join_labels(table: pd.DataFrame, labels: str | Path) -> pd.DataFrame:
     Raises:
         UsageError: The table cannot be read, matches no exam or more than one, or takes a name that is in use.
     """
-    rows = _read_labels(Path(labels))
+    with reading(Path(labels), "Save the table as CSV again"):
+        rows = _read_labels(Path(labels))
     names = [str(column) for column in rows]
     matches, key = _match(table, rows, Path(labels))
     skipped = {key, *IDENTITY, *(name for name in names if name.lower() in SESSION_NAMES)}
@@ -134,8 +153,8 @@ def assign_splits(table: pd.DataFrame, test_fraction: float = 0.2, seed: int = 0
     Raises:
         UsageError: `test_fraction` is not in [0, 1).
     """
-    if not 0 <= test_fraction < 1:
-        raise UsageError(Problem("test_fraction must be at least 0 and less than 1", str(test_fraction)))
+    if problems := fraction_problems(test_fraction):
+        raise UsageError(problems)
     usable = table[(table["role"] == "image") & (table["status"] == "ok")]
     ranked = sorted(set(usable["person"]), key=lambda person: hashlib.sha256(f"{seed}/{person}".encode()).digest())
     num_test = round(test_fraction * len(ranked))
@@ -145,15 +164,29 @@ def assign_splits(table: pd.DataFrame, test_fraction: float = 0.2, seed: int = 0
     return table.assign(split=["test" if person in test else "train" for person in table["person"]])
 
 
-def _read_labels(path: Path) -> pd.DataFrame:
+def fraction_problems(test_fraction: float) -> list[Problem]:
+    """Why a share of the persons cannot be held out."""
+    if 0 <= test_fraction < 1:
+        return []
+    return [Problem("test_fraction must be at least 0 and less than 1", str(test_fraction))]
+
+
+def label_problems(path: Path) -> list[Problem]:
+    """Why a file cannot be a table of labels, as far as its name tells."""
     if not path.is_file():
-        raise UsageError(Problem("There is no label table", str(path), "Check the spelling."))
+        return [Problem("There is no label table", str(path), "Check the spelling.")]
+    if path.suffix.lower() not in LABEL_TABLES:
+        return [Problem("Label tables are .csv, .tsv or .parquet", path.name, "Save it as CSV.")]
+    return []
+
+
+def _read_labels(path: Path) -> pd.DataFrame:
+    if problems := label_problems(path):
+        raise UsageError(problems)
     if path.suffix.lower() == ".parquet":
-        stored = _read_parquet(path)
+        stored = pq.read_table(path)
         cells = {name: stored[name].cast(_TEXT).fill_null("").to_pylist() for name in stored.column_names}
         return pd.DataFrame(cells, dtype=object)
-    if path.suffix.lower() not in (".csv", ".tsv", ".txt"):
-        raise UsageError(Problem("Label tables are .csv, .tsv or .parquet", path.name, "Save it as CSV."))
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -268,13 +301,6 @@ def _say(
         console.print(f"Labels: left out {column!r}; its rows disagree within {count} exams.", markup=False)
 
 
-def _read_parquet(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(Problem("This is no Parquet table", f"{path} ({type(error).__name__})")) from error
-
-
 def _top(parents: dict[str, str], name: str) -> str:
     parents.setdefault(name, name)
     while parents[name] != name:
@@ -292,27 +318,6 @@ def _to_bytes(table: pd.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
-def _bytes_of_manifest(path: Path) -> bytes:
-    try:
-        read_manifest(path)
-    except UsageError as error:
-        cure = "Nothing was written. Choose another name."
-        raise UsageError(Problem("The file to write exists and is no manifest", str(path), cure)) from error
-    return path.read_bytes()
-
-
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with whole(path) as aside:
+        aside.write_bytes(content)

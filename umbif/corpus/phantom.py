@@ -25,6 +25,7 @@ from scipy import ndimage
 from umbif.corpus import phantom_lesions as lesions
 from umbif.corpus.phantom_lesions import NEGATIVE, POSITIVE, STRENGTHS, Floats, Lesion, LesionMaps, smooth_noise
 from umbif.errors import Problem, UsageError
+from umbif.files import naming, read_mapping, write_text
 from umbif.machine import num_cores
 from umbif.progress import track
 
@@ -153,8 +154,9 @@ def write_phantom(out: Path, num_exams: int, *, spacing_mm: float = 2.0, seed: i
     records = [_record(index, seed, healthy) for index in range(num_exams)]
     todo = [record.index for record in records if not (out / record.folder).exists()]
     work = functools.partial(_write_exam, out=out, seed=seed, spacing_mm=spacing_mm, healthy=healthy)
-    for _ in track(_run(work, todo, num_workers), "Making phantom exams", len(todo)):
-        pass
+    with naming(out):
+        for _ in track(_run(work, todo, num_workers), "Making phantom exams", len(todo)):
+            pass
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     return _write_tables(out, records, seed, null)
 
@@ -311,7 +313,7 @@ def _claim(out: Path, settings: dict[str, object]) -> None:
     """Marks the folder as this phantom's, or refuses one that holds something else."""
     note = out / "phantom.json"
     if note.exists():
-        found = json.loads(note.read_text())
+        found = read_mapping(note, "Choose a new or an empty folder")
         if found != settings:
             differing = ", ".join(f"{k}={found.get(k)}" for k in settings if found.get(k) != settings[k])
             raise UsageError(Problem(f"{out} holds another phantom", differing,
@@ -386,9 +388,7 @@ def _write_table(path: Path, rows: list[dict[str, object]]) -> None:
 def _write_whole(path: Path, text: str) -> None:
     """Writes a file that is complete or absent; one that is there stays as it is, for a person may have edited it."""
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(path)
+        write_text(path, text)
 
 
 def _readme(null: bool) -> str:

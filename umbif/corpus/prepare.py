@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import threading
 from collections import deque
@@ -24,12 +23,14 @@ from filelock import FileLock, Timeout
 from umbif.corpus.manifest import SCHEMA, label_columns
 from umbif.corpus.preprocess import Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
 from umbif.corpus.readers import BadVolume, Volume, read_volume
-from umbif.corpus.shards import BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode
+from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode
 from umbif.errors import Problem, Stopped, UmbifError, UsageError
+from umbif.files import naming, read_mapping, read_parquet, reading, whole, write_text
 from umbif.machine import num_cores
 from umbif.progress import track
 
 SHARD_BYTES = 2**30
+TABLE_CURE = "Delete it and give the same umbif prepare command again (every --part): its exams are prepared anew"
 UNREADABLE = "unreadable"  # the reason of a file that the system would not read
 OWN_COLUMNS = ("affine", *LOOKED_UP)  # of an index, beside those of a manifest
 Row = dict[str, Any]
@@ -61,7 +62,7 @@ def prepare_corpus(
     _claim(out, manifest, how)
     exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
     stem = f"{part[0]:05d}-of-{part[1]:05d}"
-    with _held(out, stem), _stoppable():
+    with naming(out), _held(out, stem), _stoppable():
         _remove_unusable(out / "shards", stem)
         done = _exams_done(out)
         todo = [exam for exam in exams if exam[0] not in done]
@@ -108,17 +109,16 @@ def _claim(out: Path, manifest: pd.DataFrame, how: Preparation) -> None:
     """Writes what this corpus is made of, or refuses to mix it with another."""
     ours = _identity(manifest, how)
     (out / "shards").mkdir(parents=True, exist_ok=True)
-    about = out / "corpus.json"
+    about = out / ABOUT
     if not about.exists():
-        aside = about.with_name(f".{about.name}.{os.getpid()}")
-        aside.write_text(json.dumps({"identity": ours, "preparation": asdict(how)}, indent=2))
-        aside.replace(about)
-    theirs = json.loads(about.read_text())
-    if theirs["identity"] != ours:
+        write_text(about, json.dumps({"identity": ours, "preparation": asdict(how)}, indent=2))
+    with reading(about, ABOUT_CURE):
+        theirs = str(read_mapping(about, ABOUT_CURE)["identity"])
+    if theirs != ours:
         raise UsageError(
             Problem(
                 "this folder holds a corpus of another manifest or recipe",
-                f"{out} ({theirs['identity'][:12]}, now {ours[:12]})",
+                f"{out} ({theirs[:12]}, now {ours[:12]})",
                 "Choose another folder with -o",
             )
         )
@@ -174,7 +174,7 @@ def _remove_unusable(shards: Path, stem: str) -> None:
     for leftover in shards.glob(f".{stem}_*.writing"):
         leftover.unlink()
     for path in shards.glob(f"{stem}_*.parquet"):
-        shard, rows = path.with_suffix(".shard"), pd.read_parquet(path)
+        shard, rows = path.with_suffix(".shard"), _table(path)
         if "byte_offset" not in rows:
             continue  # nothing but what was quarantined
         if not shard.exists() or shard.stat().st_size < (rows["byte_offset"] + rows["byte_length"]).max():
@@ -186,9 +186,14 @@ def _prepared(out: Path) -> pd.DataFrame:
     paths = sorted((out / "shards").glob("*.parquet"))
     if not paths:
         return pd.DataFrame({"exam": [], "status": []})
-    rows = pd.concat([pd.read_parquet(path).assign(table=number) for number, path in enumerate(paths)])
+    rows = pd.concat([_table(path).assign(table=number) for number, path in enumerate(paths)])
     last = rows.groupby("exam")["table"].transform("max")
     return rows[rows["table"] == last].drop(columns="table").reset_index(drop=True)
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """The rows of one shard."""
+    return read_parquet(path, TABLE_CURE, ("exam", "status", "reason"))
 
 
 def _exams_done(out: Path) -> set[str]:
@@ -331,11 +336,8 @@ def _close(writer: ShardWriter, rows: list[Row]) -> None:
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    table.to_parquet(aside, index=False)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with whole(path) as aside:
+        table.to_parquet(aside, index=False)
 
 
 def _summary(good: pd.DataFrame, bad: pd.DataFrame) -> str:

@@ -5,7 +5,6 @@ A frame is a standard Blosc2 array of one volume (or mask) of one exam. Frames s
 without the rest of its volume.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from umbif.errors import Problem, UmbifError, UsageError
+from umbif.files import read_mapping, read_parquet, reading
 
 ALIGN_BYTES = 4096
 CHUNK_VOXELS = 96
@@ -25,6 +25,9 @@ BLOCK_VOXELS = 32
 NUMBERS = ("scale", "intercept", "mean", "std", "low", "high")  # how a frame's stored integers are read
 LOOKED_UP = ("name", "shape", *NUMBERS, "shard", "byte_offset", "byte_length", "crc32c")
 BRAIN, TUMOUR = "brain", "tumour"  # the frames of an exam that are masks, beside its sequences
+ABOUT = "corpus.json"  # what a corpus is made of
+ABOUT_CURE = "Copy it again; or delete it and give the umbif prepare command again that made this corpus"
+INDEX_CURE = "Copy it again, or write it anew: the same umbif prepare command with --merge"
 
 
 def encode(array: npt.NDArray[Any], level: int = 5) -> bytes:
@@ -103,15 +106,18 @@ class Corpus:
 
     def __init__(self, folder: str | Path, cache_bytes: float = 0) -> None:
         self.folder, self.cache_bytes = Path(folder), cache_bytes
-        self.about = _read_about(self.folder)
-        self.index = pd.read_parquet(self.folder / "index.parquet")
-        self.identity: str = self.about["identity"]
-        self.spacing_mm: float = float(self.about["preparation"]["spacing_mm"])
+        _check_finished(self.folder)
+        self.about = read_mapping(self.folder / ABOUT, ABOUT_CURE)
+        with reading(self.folder / ABOUT, ABOUT_CURE):
+            self.identity: str = self.about["identity"]
+            self.spacing_mm: float = float(self.about["preparation"]["spacing_mm"])
+        columns = ("exam", "person", "split", "affine", *LOOKED_UP)
+        self.index = read_parquet(self.folder / "index.parquet", INDEX_CURE, columns)
         self.exams = self._exam_table()
         starts = self.index.groupby("exam", sort=False).indices
         self._rows = [np.asarray(starts[exam]) for exam in self.exams["exam"]]
         self._column = {name: self.index[name].to_numpy() for name in LOOKED_UP}  # pandas rows cost 0.1 ms each
-        self._files: dict[str, int] = {}
+        self._files: dict[Path, int] = {}
         self._cache: dict[int, npt.NDArray[Any]] = {}  # by row of the index
         self._cached_bytes = 0
 
@@ -135,7 +141,7 @@ class Corpus:
         """Decodes the block of `size` voxels from `start`; what lies outside of the volume is `fill`.
 
         Raises:
-            UmbifError: The bytes differ from those that were written, at the second reading too.
+            UmbifError: The bytes differ from those that were written, at the second reading too, or are gone.
         """
         array = self._volume(frame.row)
         low = [max(s, 0) for s in start]
@@ -177,25 +183,29 @@ class Corpus:
         return self._cache[row]
 
     def _checked_bytes(self, row: int) -> bytes:
-        c = self._column
-        shard = str(c["shard"][row])
+        c, found = self._column, "the bytes are not those that were written"
+        shard = self.folder / "shards" / str(c["shard"][row])
         for _ in range(2):  # a bad read from a network file system often comes right the second time
-            raw = os.pread(self._open(shard), int(c["byte_length"][row]), int(c["byte_offset"][row]))
+            try:
+                raw = os.pread(self._open(shard), int(c["byte_length"][row]), int(c["byte_offset"][row]))
+            except OSError as error:
+                found = error.strerror or found
+                continue
             if google_crc32c.value(raw) == int(c["crc32c"][row]):
                 return raw
         raise UmbifError(
-            f"Row {row} of {self.folder / 'index.parquet'}: the bytes in {shard} are not those that were written. "
-            "The file is damaged; prepare the corpus again, or copy this shard anew."
+            f"{shard} is damaged or gone (row {row} of index.parquet): {found}. Copy it again; or delete it and give "
+            "the umbif prepare command again that made this corpus: the exams of that shard are prepared anew."
         )
 
-    def _open(self, shard: str) -> int:
+    def _open(self, shard: Path) -> int:
         if shard not in self._files:
-            self._files[shard] = os.open(self.folder / "shards" / shard, os.O_RDONLY)
+            self._files[shard] = os.open(shard, os.O_RDONLY)
         return self._files[shard]
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
-    if not (folder / "corpus.json").is_file():
+def _check_finished(folder: Path) -> None:
+    if not (folder / ABOUT).is_file():
         raise UsageError(
             Problem("data.corpus is no prepared corpus", str(folder), "Make one: umbif prepare MANIFEST -o CORPUS")
         )
@@ -203,5 +213,3 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise UsageError(
             Problem("the corpus is not finished", str(folder), "Run the same umbif prepare command again, or --merge")
         )
-    about: dict[str, Any] = json.loads((folder / "corpus.json").read_text())
-    return about

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
@@ -19,7 +18,8 @@ from umbif.encoders.cnn import CNN3D
 from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw
 from umbif.encoders.vit import ViT3D
-from umbif.encoders.weights import save_encoder
+from umbif.encoders.weights import save_encoder, write_tensors
+from umbif.files import whole
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
@@ -137,7 +137,7 @@ class FineTune(pl.LightningModule):
         about = {"task": data.task, "positive": data.positive, "threshold": threshold}
         about |= {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
-        save_file(head, folder / "head.safetensors")
+        write_tensors(head, folder / "head.safetensors")
         save_encoder(self.encoder, folder / "encoder", {"steps": trainer.global_step, **about})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -188,9 +188,8 @@ def youden_threshold(y: npt.NDArray[Any], score: npt.NDArray[Any]) -> float:
 def write_predictions(table: pd.DataFrame, folder: Path) -> Path:
     """Writes predictions.parquet of a run, whole or not at all."""
     path = folder / "predictions.parquet"
-    aside = path.with_name(f".{path.name}.writing")
-    table.to_parquet(aside, index=False)
-    aside.replace(path)
+    with whole(path) as aside:
+        table.to_parquet(aside, index=False)
     return path
 
 

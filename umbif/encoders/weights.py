@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from umbif.encoders.layouts import LoadReport, load_foreign
-from umbif.errors import Problem, UsageError
+from umbif.errors import Problem, UmbifError, UsageError, one_line
+from umbif.files import read_mapping, reading, whole, write_text
 from umbif.machine import is_leader
 from umbif.progress import console
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+ENCODER_CURE = "Copy the encoder again; or delete its folder, and the umbif fit command that made it writes it anew"
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # where checkpoints keep the tensors
 CONVERT = """
 python -c '
@@ -48,14 +50,25 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
     """Writes an encoder folder; `about` (preparation, run, versions) goes into its config."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    aside = folder / f".{WEIGHTS}.writing"
-    save_file(tensors, aside)
     class_path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
     config = {"class_path": class_path, "init_args": encoder.config, **about}
     if loaded := getattr(encoder, "loaded", None):
         config["started_from"] = {**loaded, "source": Path(loaded["source"]).name}  # a path may name people
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
-    aside.replace(folder / WEIGHTS)
+    write_tensors(tensors, folder / WEIGHTS)
+    write_text(folder / CONFIG, json.dumps(config, indent=2))  # last: it says that the run has finished
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a file of tensors, whole or not at all.
+
+    Raises:
+        UmbifError: The system did not let it.
+    """
+    try:
+        with whole(path) as aside:
+            save_file(tensors, aside)
+    except SafetensorError as error:  # which hides the system's
+        raise UmbifError(f"{path} could not be written: {one_line(error)}") from error
 
 
 def encoder_folder(path: str | Path) -> Path:
@@ -79,8 +92,7 @@ def encoder_folder(path: str | Path) -> Path:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The config of an encoder folder or run."""
-    config: dict[str, Any] = json.loads((encoder_folder(path) / CONFIG).read_text())
-    return config
+    return read_mapping(encoder_folder(path) / CONFIG, ENCODER_CURE)
 
 
 def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
@@ -111,7 +123,8 @@ def _foreign_file(path: Path) -> Path | None:
 
 
 def _load_ours(encoder: Encoder, folder: Path) -> LoadReport:
-    theirs, ours = read_config(folder)["init_args"], encoder.config
+    with reading(folder / CONFIG, ENCODER_CURE):
+        theirs, ours = dict(read_config(folder)["init_args"]), encoder.config
     differing = [
         Problem(f"model.encoder.{key}={ours.get(key)}, but the weights have {theirs.get(key)}")
         for key in sorted({*theirs, *ours})
@@ -165,7 +178,6 @@ def _unpickled(path: Path) -> Any:
 def _unreadable(path: Path, error: Exception) -> Problem:
     wanted = re.search(r"GLOBAL (\S+)", str(error))
     if "TorchScript" not in str(error) and not (isinstance(error, pickle.UnpicklingError) and wanted):
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        return Problem(f"{path} is damaged or was not written by torch.save", first[:200], "Fetch it again")
+        return Problem(f"{path} is damaged or was not written by torch.save", one_line(error), "Fetch it again")
     cure = f"Code could do anything, so it is not run. If you trust who made the file, convert it once:{CONVERT}"
     return Problem(f"{path} cannot be read without running code", wanted[1] if wanted else "TorchScript", cure)

@@ -17,10 +17,11 @@ import yaml
 
 from umbif.errors import Problem, UsageError
 from umbif.evaluation.compare import Comparison, compare_all
-from umbif.evaluation.evaluate import evaluate
+from umbif.evaluation.evaluate import COLUMNS, evaluate
 from umbif.evaluation.figures import STYLES, task_figure
 from umbif.evaluation.published import CITATION, PUBLISHED, Published, arithmetic, published_task
 from umbif.evaluation.statistics import Bootstrap, Difference, Estimate, TaskResult
+from umbif.files import no_folder, read_mapping, read_parquet
 from umbif.pages.page import data_uri, render, svg, write_page
 
 LEVEL = 0.05
@@ -260,12 +261,11 @@ def _plain(result: TaskResult) -> dict[str, Any]:
 def _read(runs: Sequence[Path]) -> pd.DataFrame:
     paths = [Path(run) / "predictions.parquet" for run in runs]
     problems = [Problem("No run was named", cure="Name run folders, such as runs/finetune_idh.")] if not runs else []
-    cure = "`umbif fit` with a fine-tuning recipe writes it."
-    problems += [Problem("The run has no predictions.parquet", str(path.parent), cure)
-                 for path in paths if not path.is_file()]  # fmt: skip
+    problems += [_no_predictions(path) for path in paths if not path.is_file()]
     if problems:
         raise UsageError(problems)
-    tables = [pd.read_parquet(path) for path in paths]
+    cure = "Copy it again, or fine-tune again into another run.dir"
+    tables = [read_parquet(path, cure, COLUMNS) for path in paths]
     _demand_one_recipe(dict(zip(runs, tables, strict=True)))
     return pd.concat(tables, ignore_index=True)
 
@@ -298,9 +298,18 @@ def _differences(runs: Sequence[Path]) -> list[str]:
 
 def _settings(run: Path) -> dict[str, Any]:
     """What of a run's recipe makes its model, by dotted key."""
-    tree = yaml.safe_load((Path(run) / "recipe.yaml").read_text(encoding="utf-8"))
+    tree = read_mapping(Path(run) / "recipe.yaml", "Copy it again, or move it away", yaml.safe_load)
     (flat,) = pd.json_normalize({name: tree.get(name) for name in ("model", "data")}).to_dict("records")
     return {str(key): value for key, value in flat.items() if key not in NO_PART_OF_A_MODEL}
+
+
+def _no_predictions(path: Path) -> Problem:
+    if not path.parent.exists():
+        return no_folder(path.parent)
+    if not path.parent.is_dir():
+        return Problem("A run is a folder, and this is a file", str(path.parent), "Name what umbif fit made.")
+    cure = "`umbif fit` with a fine-tuning recipe writes it."
+    return Problem("The run has no predictions.parquet", str(path.parent), cure)
 
 
 def _provenance(runs: Sequence[Path]) -> dict[str, Any]:
@@ -317,5 +326,5 @@ def _run_facts(run: Path) -> dict[str, str]:
     return {
         "name": run.resolve().name,
         "sha256": hashlib.sha256((run / "predictions.parquet").read_bytes()).hexdigest()[:16],
-        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
+        "recipe": recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
     }

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,8 +14,9 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from umbif import __version__
-from umbif.encoders.weights import CONFIG, WEIGHTS
+from umbif.encoders.weights import CONFIG, WEIGHTS, read_config
 from umbif.errors import Problem, UsageError
+from umbif.files import read_mapping, reading
 from umbif.pages.curves import Curve, curves_figure
 from umbif.pages.page import data_uri, render, svg, write_page
 from umbif.progress import duration
@@ -122,11 +123,9 @@ def read_run(folder: Path) -> Run:
     path = folder / "metrics.csv"
     if not path.is_file():
         raise UsageError(Problem("The run has no metrics.csv", str(folder), "`umbif fit` writes it as it trains."))
-    metrics = pd.read_csv(path, on_bad_lines="skip")  # a run that trains may be in the middle of a line
-    recipe_text = _text(folder / "recipe.yaml")
     return Run(
-        folder, metrics.set_index("step").sort_index(), yaml.safe_load(recipe_text) or {}, recipe_text,
-        json.loads(_text(folder / "environment.json") or "{}"), _encoder(folder / "encoder"), _text(folder / "log.txt"),
+        folder, _metrics(path), _mapping(folder / "recipe.yaml", yaml.safe_load), _text(folder / "recipe.yaml"),
+        _mapping(folder / "environment.json"), _encoder(folder / "encoder"), _text(folder / "log.txt"),
     )  # fmt: skip
 
 
@@ -322,11 +321,22 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
+def _metrics(path: Path) -> pd.DataFrame:
+    with reading(path, "Copy it again, or delete it: a run that goes on begins another"):
+        table = pd.read_csv(path, on_bad_lines="skip")  # a run that trains may be in the middle of a line
+        table["step"] = pd.to_numeric(table["step"], errors="coerce")
+        return table.dropna(subset="step").astype({"step": int}).set_index("step").sort_index()
+
+
+def _mapping(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    return read_mapping(path, "Copy it again, or move it away: the page does without", parse) if path.is_file() else {}
+
+
 def _encoder(folder: Path) -> dict[str, Any]:
     """Config of the exported encoder and its `num_parameters`; empty before export."""
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         return {}
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config = read_config(folder)
     try:
         with safe_open(folder / WEIGHTS, framework="numpy") as file:
             shapes: Sequence[Sequence[int]] = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from umbif.files import reading
+
 
 class MetricsCSV(Logger):
     """Appends rows; a new column rewrites the file once.
@@ -65,7 +67,8 @@ class MetricsCSV(Logger):
     def _existing(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
-        with self.path.open(newline="") as file:
+        cure = "Copy it again, or delete it: the run goes on and begins another"
+        with reading(self.path, cure), self.path.open(newline="") as file:
             return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
