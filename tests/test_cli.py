@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from umbif import cli
 from umbif.check import hardware
+from umbif.recipe import compose, flat_copy
 
 FIT = ("fit", "pretrain/umbif_tiny")
 
@@ -174,6 +175,23 @@ def test_check_says_which_hardware_is_asked_for_and_not_there(
     monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
     assert hardware(asked).startswith(said)
     assert ("machine" in hardware(asked)) == ("machine" in said)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "task"),
+    [
+        ("umbif_tiny", "demo/idh"),
+        ("umbif_vitb", "finetune/idh"),
+        ("umbif_vits", "finetune/idh encoder=vits_1mm"),
+        ("simclr_resnet50", "finetune/idh encoder=resnet50"),
+    ],
+)
+def test_after_a_pretraining_comes_a_task_with_its_encoder_also_of_a_copy(
+    recipe: str, task: str, tmp_path: Path
+) -> None:
+    for name in (f"pretrain/{recipe}", str(flat_copy(f"pretrain/{recipe}", tmp_path / "mine"))):
+        command = cli.finetuning(compose(name, ["data.corpus=c"]).tree, Path("runs/x"))
+        assert command == f"umbif fit {task} data.corpus=c model.encoder.weights=runs/x"
 
 
 def test_the_next_command_can_be_typed_whatever_a_folder_is_called(capsys: pytest.CaptureFixture[str]) -> None:

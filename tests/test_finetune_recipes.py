@@ -9,8 +9,7 @@ from umbif.fit import fit
 from umbif.recipe import compose, list_recipes
 
 MUTANT = ("P2", "P3", "P6")  # one class; P1, P4 and P5 are the other
-CNN = ["model.encoder.class_path=umbif.encoders.cnn.CNN3D", "model.encoder.network=efficientnet_b0",
-       "model.encoder.voxel_mm=2", "model.head.embed_dim=1280"]  # fmt: skip
+CNN = ["encoder=efficientnet_b0", "model.encoder.voxel_mm=2"]
 FINETUNING = list_recipes("finetune")
 
 

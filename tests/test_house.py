@@ -129,9 +129,18 @@ def test_every_recipe_composes_and_has_no_problem(name):
     assert recipe.about["summary"]
 
 
-@pytest.mark.parametrize("part", sorted(path.stem for path in (ROOT / "recipes/_parts/hardware").glob("*.yaml")))
-def test_every_hardware_part_fits_a_recipe(part):
-    assert [str(problem) for problem in check(compose("pretrain/umbif_tiny", [f"hardware={part}"]))] == []
+@pytest.mark.parametrize(
+    ("recipe", "part"),
+    [
+        (recipe, f"{group}={path.stem}")
+        for recipe, group in (("pretrain/umbif_tiny", "hardware"), ("finetune/idh", "encoder"))
+        for path in sorted((ROOT / "recipes/_parts" / group).glob("*.yaml"))
+    ],
+)
+def test_every_part_fits_a_recipe(recipe, part):
+    composed = compose(recipe, [part])
+    assert [str(problem) for problem in check(composed)] == []
+    assert f"_parts/{part.replace('=', '/')}.yaml" in composed.origins.values()
 
 
 # ---------------------------------------------------------------- command line

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from umbif.downstream.finetune import youden_threshold
-from umbif.downstream.heads import ExtremesHead
+from umbif.downstream.heads import ExtremesHead, HeadOptions
 from umbif.downstream.tasks import MISSING, BinaryLabel, split_rows, targets
 from umbif.errors import UsageError
 from umbif.recipe import compose
@@ -102,7 +102,7 @@ def test_extremes_leave_out_what_is_not_valid_and_scale_with_the_number_of_token
     tokens = torch.arange(200.0)[None, :, None].repeat(2, 1, 1)
     valid = torch.ones(2, 200, dtype=torch.bool)
     valid[1, 100:] = False
-    mean, largest, smallest = ExtremesHead(1, extreme_share=0.02).features(tokens, valid).unbind(1)
+    mean, largest, smallest = ExtremesHead(1, HeadOptions(extreme_share=0.02)).features(tokens, valid).unbind(1)
     assert mean.tolist() == [99.5, 49.5]
     assert largest.tolist() == [np.mean([196, 197, 198, 199]), np.mean([98, 99])]
     assert smallest.tolist() == [1.5, 0.5]

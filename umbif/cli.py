@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -161,6 +161,7 @@ def prepare(
     epilog=example(
         "umbif fit pretrain/umbif_tiny data.corpus=corpus",
         "umbif fit finetune/idh data.corpus=corpus model.encoder.weights=runs/umbif_vitb",
+        "umbif fit finetune/idh encoder=vits_1mm data.corpus=corpus model.encoder.weights=runs/umbif_vits",
         "umbif fit pretrain/umbif_tiny trainer.max_steps=1000      the same command again goes on",
     )
 )
@@ -173,10 +174,8 @@ def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
     folder = run(composed)
     if (folder / "predictions.parquet").exists():
         following(typed("umbif", "report", folder))
-    else:
-        group = "demo" if "tiny" in recipe else "finetune"
-        corpus = composed.tree["data"]["corpus"]
-        following(typed("umbif", "fit", f"{group}/idh", f"data.corpus={corpus}", f"model.encoder.weights={folder}"))
+        return
+    following(finetuning(composed.tree, folder))
 
 
 @app.command(
@@ -251,6 +250,17 @@ def env() -> None:
 def typed(*words: object) -> str:
     """A command as it has to be typed: a path may hold spaces."""
     return shlex.join(map(str, words))
+
+
+def finetuning(pretraining: dict[str, Any], folder: Path) -> str:
+    """The command that takes the encoder of a pretraining, whichever it is, to a task."""
+    from umbif.recipe import compose, encoder_part
+
+    part = encoder_part(pretraining)
+    task = "demo/idh" if part is not None and part.endswith("_2mm") else "finetune/idh"
+    swapped = [f"encoder={part}"] if part not in (None, encoder_part(compose(task).tree)) else []
+    corpus = pretraining["data"]["corpus"]
+    return typed("umbif", "fit", task, *swapped, f"data.corpus={corpus}", f"model.encoder.weights={folder}")
 
 
 def following(*commands: str) -> None:

@@ -20,7 +20,8 @@ from umbif.files import reading
 
 COMMAND_LINE = "command line"
 MISSING = "???"  # OmegaConf's mark for a value that the user must give
-HARDWARE = "_parts/hardware/"
+PARTS = "_parts/"
+PART_NAME = re.compile(r"\w+")
 COMMENT_COLUMN = 64
 
 
@@ -85,11 +86,11 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     A class that is replaced takes its arguments away with it; a list is replaced whole. `hardware=NAME` puts
     `_parts/hardware/NAME.yaml` in the place of the hardware part that the recipe includes; on a recipe that includes
-    none it comes after the recipe's own keys.
+    none it comes after the recipe's own keys. So do `encoder=NAME` and the other folders of parts.
 
     Args:
         name: `pretrain/umbif_tiny`, or the path of a .yaml file.
-        overrides: `key=value`, the value written as YAML; `hardware=NAME`.
+        overrides: `key=value`, the value written as YAML; `hardware=NAME`, `encoder=NAME`.
 
     Raises:
         UsageError: An unknown recipe or part, a file that is not YAML, an override without `=`, an interpolation that
@@ -98,9 +99,9 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(name)
     origin = _relative(path)
     title = path.stem if origin == str(path) else origin.removesuffix(".yaml")
-    hardware, typed = _read_overrides(overrides)
+    parts, typed = _read_overrides(overrides)
     tree = _leaves({"run": {"dir": f"runs/{title}", "seed": 0}}, "default")
-    for layer in (*_layers(path, hardware), _Layer(typed, [], {})):
+    for layer in (*_layers(path, parts), _Layer(typed, [], {})):
         tree = _merge(tree, layer.tree)
     resolved = _resolve(_values(tree), name)
     about = resolved.pop("about", None) or {}
@@ -110,6 +111,16 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def read_tree(path: Path) -> dict[str, Any]:
     """The keys of a resolved recipe, such as the one that a run folder holds, without `about`."""
     return compose(str(path)).tree
+
+
+def encoder_part(tree: Mapping[str, Any]) -> str | None:
+    """The part that has the encoder of a recipe, whatever that recipe is called: `encoder=` takes it to another one."""
+    encoder = tree["model"]["encoder"]
+    for name in sorted(_files(f"{PARTS}encoder/*.yaml")):
+        part = _values(_load_part(name).tree)["model"]["encoder"]
+        if all(encoder.get(key) == value for key, value in part.items()):
+            return Path(name).stem
+    return None
 
 
 def show(recipe: Recipe) -> str:
@@ -133,7 +144,7 @@ def flat_copy(name: str, dest: Path | str) -> Path:
     if dest.exists():
         raise UsageError(Problem("the file exists and is not overwritten", str(dest), "Give another name"))
     text = source.read_text(encoding="utf-8")
-    layers = _layers(source, None)
+    layers = _layers(source, {})
     if len(layers) > 1:
         text = _header(text) + _flat_text(layers)
     dest.parent.mkdir(parents=True, exist_ok=True)
@@ -159,22 +170,20 @@ def _files(pattern: str) -> dict[str, Path]:
 
 def _named() -> dict[str, Path]:
     files = _files("**/*.yaml")
-    return {name.removesuffix(".yaml"): path for name, path in files.items() if not name.startswith("_parts/")}
+    return {name.removesuffix(".yaml"): path for name, path in files.items() if not name.startswith(PARTS)}
 
 
-def _layers(path: Path, hardware: str | None) -> list[_Layer]:
-    """The included parts in order, then the recipe itself, then hardware that has no part to stand in for."""
+def _layers(path: Path, parts: Mapping[str, str]) -> list[_Layer]:
+    """The included parts in order, then the recipe itself, then parts asked for that have none to stand in for."""
     own = _load(path)
-    include, late = own.include, list[str]()
-    if hardware is not None:
-        chosen = f"{HARDWARE}{hardware}.yaml"
-        include = list(dict.fromkeys(chosen if name.startswith(HARDWARE) else name for name in include))
-        late = [] if chosen in include else [chosen]
-    return [*map(_load_part, include), own, *map(_load_part, late)]
+    chosen = {f"{PARTS}{group}/": f"{PARTS}{group}/{name}.yaml" for group, name in parts.items()}
+    include = [chosen.get(f"{name.rpartition('/')[0]}/", name) for name in own.include]
+    late = [name for name in chosen.values() if name not in include]
+    return [*map(_load_part, dict.fromkeys(include)), own, *map(_load_part, late)]
 
 
 def _load_part(name: str) -> _Layer:
-    parts = _files("_parts/**/*.yaml")
+    parts = _files(f"{PARTS}**/*.yaml")
     if name not in parts:
         folder, _, file = name.rpartition("/")
         known = [Path(part).name for part in parts if part.startswith(f"{folder}/")]
@@ -193,7 +202,8 @@ def _load(path: Path) -> _Layer:
         raise UsageError(Problem(f"{path} must hold keys and values", f"a {type(content).__name__}"))
     include = content.pop("include", None) or []
     if not isinstance(include, list) or not all(isinstance(name, str) for name in include):
-        raise UsageError(Problem(f"{path}: include must be a list of files", repr(include), f"Such as [{HARDWARE}…]"))
+        such = f"Such as [{PARTS}hardware/cpu.yaml]"
+        raise UsageError(Problem(f"{path}: include must be a list of files", repr(include), such))
     return _Layer(_leaves(_hoist(content), _relative(path)), include, _comments(text))
 
 
@@ -202,16 +212,17 @@ def _relative(path: Path) -> str:
     return path.resolve().relative_to(roots[0]).as_posix() if roots else str(path)
 
 
-def _read_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """The hardware asked for, and all other overrides as one tree, so that their order decides nothing but repeats."""
-    hardware, tree, problems = None, dict[str, Any](), list[Problem]()
+def _read_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
+    """The parts asked for, and all other overrides as one tree, so that their order decides nothing but repeats."""
+    groups = {name.split("/")[1] for name in _files(f"{PARTS}*/*.yaml")}
+    chosen, tree, problems = dict[str, str](), dict[str, Any](), list[Problem]()
     for text in overrides:
         key, sign, value = text.partition("=")
         parts = [part for part in key.strip().split(".") if part != "init_args"]
         if not sign or not all(parts):
             problems.append(Problem("an override is written key=value", repr(text), "Such as model.lr=1e-4"))
-        elif key == "hardware":
-            hardware = value
+        elif key in groups and PART_NAME.fullmatch(value):
+            chosen[key] = value
         else:
             try:
                 branch = _hoist(_read(value))
@@ -223,7 +234,7 @@ def _read_overrides(overrides: Sequence[str]) -> tuple[str | None, dict[str, Any
             tree = _merge(tree, _leaves(branch, COMMAND_LINE))
     if problems:
         raise UsageError(problems)
-    return hardware, tree
+    return chosen, tree
 
 
 def _read(text: str) -> Any:

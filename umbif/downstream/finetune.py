@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 
 from umbif.downstream.data import TaskData
-from umbif.downstream.heads import ExtremesHead
+from umbif.downstream.heads import ExtremesHead, HeadOptions
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw
@@ -49,7 +49,7 @@ class FineTune(pl.LightningModule):
     def __init__(
         self,
         encoder: ViT3D | CNN3D,
-        head: ExtremesHead,
+        head: HeadOptions = HeadOptions(),  # noqa: B008 (frozen)
         max_tokens: PositiveInt | None = None,
         frozen: bool = False,
         layer_decay: PositiveShare = 0.75,
@@ -62,7 +62,7 @@ class FineTune(pl.LightningModule):
         model_name: str = "pretrained",
     ) -> None:
         super().__init__()
-        self.encoder, self.head, self.max_tokens = encoder, head, max_tokens
+        self.encoder, self.head, self.max_tokens = encoder, ExtremesHead(encoder.embed_dim, head), max_tokens
         self.layer_decay, self.model_name = layer_decay, model_name
         self.augmentation = augmentation or Augmentation(curve=0.2, bias=0.05, scale=0.05)
         self.guard = Guard(gradient_clip)

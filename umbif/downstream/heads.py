@@ -3,6 +3,8 @@
 Shapes: B exams, V tokens, E width, F features.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,10 +13,23 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from torch import Tensor, nn
 
 from umbif.encoders.pooling import pooled
-from umbif.ranges import PositiveInt, PositiveShare, ShareBelowOne
+from umbif.ranges import PositiveShare, ShareBelowOne
 
 NUM_FOLDS = 5
 INVERSE_PENALTIES = np.logspace(-5, 1, 7)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """What a head takes from the tokens.
+
+    Args:
+        extreme_share: See `extremes`.
+        dropout: Of the features.
+    """
+
+    extreme_share: PositiveShare = 0.015
+    dropout: ShareBelowOne = 0.0
 
 
 class ExtremesHead(nn.Module):
@@ -22,21 +37,18 @@ class ExtremesHead(nn.Module):
 
     Args:
         embed_dim: E.
-        extreme_share: See `extremes`.
-        dropout: Of the features.
+        options: See there.
     """
 
     center: Tensor
     spread: Tensor
 
-    def __init__(
-        self, embed_dim: PositiveInt, extreme_share: PositiveShare = 0.015, dropout: ShareBelowOne = 0.0
-    ) -> None:
+    def __init__(self, embed_dim: int, options: HeadOptions = HeadOptions()) -> None:
         super().__init__()
-        self.extreme_share = extreme_share
+        self.extreme_share = options.extreme_share
         self.register_buffer("center", torch.zeros(3 * embed_dim))
         self.register_buffer("spread", torch.ones(3 * embed_dim))
-        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(3 * embed_dim, 1)
+        self.dropout, self.linear = nn.Dropout(options.dropout), nn.Linear(3 * embed_dim, 1)
 
     def features(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """(B, F) of tokens (B, V, E), and which of them are valid (B, V)."""
