@@ -5,6 +5,7 @@ import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from umbif.pretrain.decoder import DecoderShape, JointDecoder
 from umbif.stream.exams import Exams, WholeBrainDataset, collate
 from umbif.stream.patches import Patches, choose, gather, patch_grid
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"patch_size": 8, "patch_mm": 16.0, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_registers": 2}
 
 
@@ -281,3 +283,17 @@ def whole_brain(corpus, *names: str) -> Exams:
     rows = np.array([list(corpus.exams["exam"]).index(name) for name in names])
     dataset = WholeBrainDataset(corpus, rows, np.zeros(len(rows), np.float32))
     return collate([dataset[i] for i in range(len(rows))], spacing_mm=corpus.spacing_mm, seed=0)
+
+
+def test_the_script_of_the_documents_gives_the_features_of_an_exported_encoder(encoder, corpus, tmp_path):
+    save_encoder(encoder, tmp_path, {})
+    (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/pretraining.md").read_text(), re.DOTALL)
+    for said, here in (("runs/umbif_vitb", str(tmp_path)), ('Corpus("corpus")', f"Corpus({str(corpus.folder)!r})")):
+        assert said in script
+        script = script.replace(said, here)
+    names: dict[str, Any] = {}
+    exec(script, names)
+    assert names["features"].shape == (8, SMALL["embed_dim"])
+    with torch.no_grad():
+        expected = encoder.eval().forward_features(names["batch"])[2]
+    assert torch.equal(names["features"], expected)

@@ -9,6 +9,7 @@ from typing import Any
 
 from umbif import __version__
 
+MEMINFO = Path("/proc/meminfo")
 LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse")
 
 
@@ -19,7 +20,7 @@ def num_cores() -> int:
 
 def available_memory_bytes() -> int | None:
     """Memory that this process and its siblings may still take: of the machine, or of its control group if less."""
-    free = [_number(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB", 1024)]
+    free = [_number(MEMINFO, r"MemAvailable:\s+(\d+) kB", 1024)]
     limit = _number(Path("/sys/fs/cgroup/memory.max"), r"(\d+)", 1)
     used = _number(Path("/sys/fs/cgroup/memory.current"), r"(\d+)", 1)
     if limit is not None and used is not None:
@@ -54,5 +55,15 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
         "cores": num_cores(),
+        "memory_gib": round((_number(MEMINFO, r"MemTotal:\s+(\d+) kB", 1024) or 0) / 2**30),
+        "gpus": _gpus(),
         "libraries": versions,
     }
+
+
+def _gpus() -> list[str]:
+    """Name and memory of each that this process may use."""
+    import torch
+
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}" for gpu in found]
