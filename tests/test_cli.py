@@ -69,7 +69,7 @@ def test_a_strategy_that_this_hardware_cannot_have_is_answered(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("trainer.limit_train_batches=-1", "You have passed invalid value -1.0 for limit_train_batches"),
+        ("trainer.limit_val_batches=-1", "You have passed invalid value -1 for limit_val_batches"),
         ("trainer.strategy=foo", "You selected an invalid strategy name: `strategy='foo'`"),
         ("trainer.devices=-3", "`devices` selected with `CPUAccelerator` should be an int > 0"),
     ],
@@ -234,11 +234,13 @@ def test_a_recipe_that_cannot_start_does_not_claim_its_folder(
     corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     here = [f"data.corpus={corpus_folder}", f"run.dir={tmp_path / 'run'}"]
-    wrong = ["model.encoder.patch_mm=8", "data.disjoint_share=1"]
+    wrong = ["model.encoder.patch_mm=8", "data.disjoint_share=1", "data.num_views=1", "trainer.precision=16-mixed"]
     code, _, err = run([*FIT, *here, *wrong], monkeypatch, capsys)
     assert code == 2
     assert "the encoder is made for voxels of 1 mm: got 2 mm" in err
     assert "data.disjoint_share must leave views that share a sequence to compare: got 1" in err
+    assert "data.num_views must give the contrast views to compare: got 1" in err
+    assert "trainer.precision must be 32-true or bf16-mixed: got 16-mixed" in err
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 

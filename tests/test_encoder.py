@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from umbif.encoders.optimise import WarmupCosine, adamw
+from umbif.encoders.optimise import adamw, warmup_cosine
 from umbif.encoders.pooling import masked_mean
 from umbif.encoders.position import MillimetrePosition
 from umbif.encoders.transformer import Block, key_mask
@@ -236,11 +236,28 @@ def test_weight_decay_spares_norms_biases_and_embeddings():
 
 
 def test_the_learning_rate_rises_on_a_line_and_falls_on_a_cosine():
-    factor = [WarmupCosine(4, 24)(step) for step in range(30)]
+    factor = [warmup_cosine(step, warmup_steps=4, max_steps=24) for step in range(30)]
     assert factor[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factor[14] == pytest.approx(0.5)
     assert factor[24:] == pytest.approx([0.0] * 6)
     assert np.diff(factor[4:25]).max() < 0
+
+
+def test_a_run_that_is_made_longer_follows_the_longer_cosine():
+    options = {"lr": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.95), "warmup_steps": 3}
+    short, long = (adamw(torch.nn.Linear(1, 1), **options, max_steps=n)["lr_scheduler"]["scheduler"] for n in (30, 100))
+    for _ in range(30):
+        short.step()
+    assert short.get_last_lr() == pytest.approx([0.0])
+    long.load_state_dict(short.state_dict())
+    long.step()
+    assert long.get_last_lr() == pytest.approx([warmup_cosine(31, warmup_steps=3, max_steps=100)])
+
+
+def test_a_warm_up_that_never_ends_is_told(caplog):
+    options = {"lr": 1.0, "weight_decay": 0.0, "betas": (0.9, 0.95), "warmup_steps": 30}
+    adamw(torch.nn.Linear(1, 1), **options, max_steps=20)
+    assert "warmup_steps=30 is not over in 20 steps" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,14 @@ def test_other_exams_of_one_person_are_never_negatives_unless_told():
         assert leaf.grad[2:4].abs().max() > 0
 
 
+def test_similarities_have_full_precision_under_autocast():
+    z, who = rows_of(contrast_batch())
+    expected = (info_nce(z, z, who, who, temperature=0.2)[0], standardised(z, who, who))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = (info_nce(z, z, who, who, temperature=0.2)[0], standardised(z, who, who))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_view_without_brain_is_neither_asked_nor_an_answer():
     z, who = rows_of(contrast_batch())
     leaf = z.clone().requires_grad_()

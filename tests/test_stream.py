@@ -1,8 +1,10 @@
 """A sample is a pure function of (seed, slot): ranks, workers and restarts change no bit of it."""
 
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -130,7 +132,7 @@ def test_ranks_and_workers_change_no_bit(corpus, undisturbed, world_size, num_wo
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_stream_that_starts_again_in_the_middle_goes_on_with_the_same_bits(corpus, undisturbed, step):
     position = Position(seed=5)
-    position.restore(Position(seed=5, next_slot=4 * step).state(corpus), corpus)
+    position.restore(Position(seed=5, next_slot=4 * step).state(corpus, "all"), corpus, "all")
     for expected, found in zip(undisturbed[step:], stream(corpus, start=position.next_slot), strict=False):
         assert_same(found, expected)
 
@@ -142,7 +144,20 @@ def test_a_stream_of_another_seed_is_another(corpus, undisturbed):
 
 def test_a_checkpoint_of_another_corpus_is_refused(corpus):
     with pytest.raises(UsageError, match="another corpus"):
-        Position(0).restore({"next_slot": 3, "seed": 0, "corpus": "0" * 64}, corpus)
+        Position(0).restore({"next_slot": 3, "seed": 0, "corpus": "0" * 64}, corpus, "all")
+
+
+@pytest.mark.parametrize("column", ["split", "person"])
+def test_a_checkpoint_of_other_people_of_the_corpus_is_refused(corpus, tmp_path, column):
+    before = PretrainData(str(corpus.folder), crop_size=CROP, global_batch_size=4)
+    folder = shutil.copytree(corpus.folder, tmp_path / "corpus")
+    index = pd.read_parquet(folder / "index.parquet")
+    index[column] = index[column].map({"train": "test", "test": "train"}) if column == "split" else "one"
+    index.to_parquet(folder / "index.parquet")
+    now = PretrainData(str(folder), crop_size=CROP, global_batch_size=4)
+    with pytest.raises(UsageError, match="persons, the split or the labels"):
+        now.load_state_dict(before.state_dict())
+    before.load_state_dict(before.state_dict())
 
 
 def test_training_never_reads_the_test_split(corpus):

@@ -66,6 +66,34 @@ def test_nobody_is_in_two_parts() -> None:
     assert sorted(np.concatenate(list(parts.values()))) == np.flatnonzero(y != MISSING).tolist()
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.1, 10), (0.25, 25), (0.4, 40), (0.9, 90)])
+def test_the_share_of_validation_is_what_was_asked_for(share: float, expected: int) -> None:
+    exams = pd.DataFrame({"person": [f"p{i}" for i in range(120)], "split": ["train"] * 100 + ["test"] * 20})
+    parts = split_rows(exams, np.tile([0, 1], 60), val_fraction=share, seed=0)
+    assert len(parts["val"]) == pytest.approx(expected, abs=2)
+    assert sorted([*parts["train"], *parts["val"]]) == [*range(100)]
+
+
+def test_folds_are_of_people_and_not_of_exams() -> None:
+    exams = pd.DataFrame({"person": list("aaaaabbbbbcccccddddde") + list("fg"), "split": ["train"] * 21 + ["test"] * 2})
+    y = np.array([0] * 5 + [1] * 5 + [0] * 5 + [1] * 5 + [1] + [0, 1])
+    parts = split_rows(exams, y, val_fraction=0.2, seed=0)  # five people, of whom two have the rarer class
+    assert {*y[parts["train"]]} == {*y[parts["val"]]} == {0, 1}
+    alone = exams.assign(person=["a"] * 5 + ["b"] * 5 + ["a"] * 5 + list("ddddde") + list("fg"))
+    with pytest.raises(UsageError, match="a class needs two persons of the training part"):
+        split_rows(alone, y, val_fraction=0.2, seed=0)
+
+
+def test_the_head_is_fitted_in_folds_of_people() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(60, 12, generator=generator)
+    y = (torch.arange(60) < 20).numpy().astype(np.int64)
+    features[:20, 4] += 4
+    head = ExtremesHead(embed_dim=4)
+    head.start_from(features, y, np.r_[np.repeat([0, 1], 10), np.arange(2, 42)])  # two people have the rarer class
+    assert (((head(features) > 0).numpy() == y).mean()) > 0.95
+
+
 def test_a_person_whom_a_later_table_finds_on_both_sides_is_refused() -> None:
     exams = pd.DataFrame({"person": list("abcdefah"), "split": ["train"] * 6 + ["test"] * 2})
     y = np.array([0, 1, 0, 1, 0, 1, 0, 1])

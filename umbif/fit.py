@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from umbif.encoders.weights import CONFIG, ENCODER_CURE
+from umbif.encoders.weights import CONFIG, ENCODER_CURE, read_config
 from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
 from umbif.files import read_mapping, reading
 from umbif.machine import is_leader
@@ -27,9 +27,10 @@ from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
 from umbif.scale.throughput import Throughput
-from umbif.stream.modules import SlotCounter
+from umbif.stream.modules import PEOPLE, SlotCounter, people_of
 
 log = logging.getLogger("umbif")
+PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")  # and how Lightning also spells them
 # How Lightning says that hardware, or a package for it, is not there; it raises the same errors for a wrong value.
 NOT_THERE = re.compile(r"your (?:system|machine)|backend found|requires a GPU|not supported|installed|Requirement")
 
@@ -90,6 +91,7 @@ def _train(recipe: Recipe, folder: Path) -> None:
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
     check_together(built)
+    tell_other_people(built)
     trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
     if is_leader():
         write_provenance(folder, recipe)
@@ -156,12 +158,23 @@ def check_together(built: Built) -> None:
     """Refuses what no part of a recipe can know alone, and what would go wrong without a word.
 
     Raises:
-        UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, or contrast has nothing
-            to match; all of them are named.
+        UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, contrast has nothing
+            to match, or the precision is none of ours; all of them are named.
     """
-    problems = [*scale_problems(built), *sibling_problems(built)]
+    problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built)]
     if problems:
         raise UsageError(problems, str(built.data.corpus.folder))
+
+
+def tell_other_people(built: Built) -> None:
+    """Warns where an encoder was pretrained while this corpus had another split: it may know test people."""
+    loaded, corpus = getattr(built.model.encoder, "loaded", {}), built.data.corpus
+    about = read_config(loaded["source"]) if loaded.get("layout") == "umbif" else {}
+    if about.get("corpus") == corpus.identity and about.get("people") not in (None, people_of(corpus.exams[[*PEOPLE]])):
+        log.warning(
+            "%s was trained while this corpus had another split or other persons: it may have seen people who are "
+            "now tested. Pretrain again, or mistrust the result", loaded["source"],
+        )  # fmt: skip
 
 
 def scale_problems(built: Built) -> Iterator[Problem]:
@@ -176,11 +189,22 @@ def scale_problems(built: Built) -> Iterator[Problem]:
 
 
 def sibling_problems(built: Built) -> Iterator[Problem]:
-    """A contrast of sequences between views that never share one: it would cost zero and teach nothing."""
-    contrast, share = getattr(built.model, "contrast", None), getattr(built.data, "policy", {}).get("disjoint_share")
+    """A contrast without views to compare, or without a sequence that they share: it would teach nothing."""
+    contrast, policy = getattr(built.model, "contrast", None), getattr(built.data, "policy", {})
+    if contrast is not None and policy.get("num_views") == 1:
+        cure = "Set it to 2, or model.contrast_weight=0"
+        yield Problem("data.num_views must give the contrast views to compare", "1", cure)
+    share = policy.get("disjoint_share")
     if contrast is not None and contrast.options.unit == "sequence" and share == 1:
         cure = "Set it below 1, or model.contrast.unit=view"
         yield Problem("data.disjoint_share must leave views that share a sequence to compare", f"{share:g}", cure)
+
+
+def precision_problems(built: Built) -> Iterator[Problem]:
+    """Half precision with a loss scale: the gradient would be clipped while it is scaled."""
+    precision = built.trainer_args.get("precision") or "32-true"
+    if str(precision) not in PRECISIONS:
+        yield Problem(f"trainer.precision must be {' or '.join(PRECISIONS[:2])}", str(precision))
 
 
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:

@@ -30,6 +30,10 @@ TRAINER_OWN = {
     "enable_checkpointing": "Set callbacks.checkpoint=null to go without",
     "use_distributed_sampler": "The stream shares itself out",
     "gradient_clip_val": "Set model.gradient_clip",
+    "limit_train_batches": "The stream is endless: set trainer.max_steps",
+    "overfit_batches": "Prepare a small corpus, or set trainer.max_steps",
+    "reload_dataloaders_every_n_epochs": "The stream is one endless epoch",
+    "fast_dev_run": "Set trainer.max_steps=1",
     "gradient_clip_algorithm": "The norm is clipped, to model.gradient_clip",
 }
 REQUIRED = "the following arguments are required: "

@@ -10,7 +10,7 @@ from umbif.corpus.shards import Corpus
 from umbif.downstream.tasks import BinaryLabel, labelled, split_rows, targets
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveInt, Seed
 from umbif.stream.exams import Exams, WholeBrainDataset
-from umbif.stream.modules import Position, SlotBatches, data_loader, place
+from umbif.stream.modules import Position, SlotBatches, data_loader, people_of, place
 
 
 class TaskData(pl.LightningDataModule):
@@ -66,8 +66,9 @@ class TaskData(pl.LightningDataModule):
     def each_once(self, part: str) -> DataLoader[Exams]:
         """The exams of a part in their order."""
         dataset = self.dataset(part, None)
-        batches = BatchSampler(SequentialSampler(dataset), max(1, self.global_batch_size // 2), drop_last=False)
-        return data_loader(dataset, batches, num_workers=0)
+        size = self.global_batch_size // place(self.trainer)[1] // 2  # all tokens are seen here, in training some
+        batches = BatchSampler(SequentialSampler(dataset), max(1, size), drop_last=False)
+        return data_loader(dataset, batches, min(self.num_workers, len(batches)), self.trainer)
 
     def dataset(self, part: str, seed: int | None) -> WholeBrainDataset:
         """The exams of a part, in random order if there is a seed."""
@@ -76,8 +77,15 @@ class TaskData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
-        return self.position.state(self.corpus)
+        return self.position.state(self.corpus, self._people())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
-        self.position.restore(state_dict, self.corpus)
+        self.position.restore(state_dict, self.corpus, self._people())
+
+    def _people(self) -> str:
+        """Who is in which part, and with which label."""
+        part = np.full(len(self.exams), "", dtype=object)
+        for name, rows in self.parts.items():
+            part[rows] = name
+        return people_of(self.exams[["exam", "person"]].assign(part=part, y=self.y))

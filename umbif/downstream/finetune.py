@@ -1,7 +1,7 @@
 """Fine-tuning for a binary task on the whole brain; layer-wise rates after Bao et al. 2022 (arXiv:2106.08254)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import numpy as np
@@ -71,6 +71,7 @@ class FineTune(pl.LightningModule):
             "max_steps": max_steps,
         }  # fmt: skip
         self.val_auc = BinaryAUROC()
+        self.frozen = frozen
         if frozen:
             encoder.requires_grad_(False)
 
@@ -115,20 +116,33 @@ class FineTune(pl.LightningModule):
         assert exams.target is not None
         return exams.exam, exams.target, self(exams).float().sigmoid()
 
-    @torch.no_grad()
     def on_train_start(self) -> None:
-        """A fresh head starts from a logistic regression on what the encoder gives already."""
-        if self.global_step:
-            return
-        data: TaskData = self.trainer.datamodule
+        """A fresh head starts from what the encoder gives already."""
+        if not self.global_step:
+            self.start_head(self.trainer.datamodule)
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen encoder is never in training: nothing of it is dropped, and no statistics move."""
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen)
+        return self
+
+    @torch.no_grad()
+    def start_head(self, data: TaskData) -> None:
+        """Fits the head to the training exams by logistic regression, on features as evaluation sees them."""
+        training = self.training
+        self.eval()
         parts = [(self.features(batch), batch) for batch in (b.to(self.device) for b in data.each_once("train"))]
         y = torch.cat([batch.target for _, batch in parts if batch.target is not None])
         person = torch.cat([batch.person for _, batch in parts])
         features = torch.cat([features for features, _ in parts]).float().cpu()
         self.head.start_from(features, y.cpu().numpy().astype(np.int64), person.cpu().numpy())
+        self.train(training)
 
     def export(self, folder: Path, data: TaskData, trainer: pl.Trainer) -> None:
         """Writes predictions.parquet, `encoder/` and the head."""
+        if not trainer.global_step:  # no step: the logistic regression alone is the model
+            self.to(trainer.strategy.root_device).start_head(data)
         table = predictions(trainer, self, data)
         if not trainer.is_global_zero:
             return

@@ -13,6 +13,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from torch import Tensor, nn
 
 from umbif.encoders.pooling import pooled
+from umbif.encoders.probing import all_classes, persons_of_rarest
 from umbif.ranges import PositiveShare, ShareBelowOne
 
 NUM_FOLDS = 5
@@ -73,10 +74,12 @@ class ExtremesHead(nn.Module):
         self.center.copy_(center)
         self.spread.copy_(spread.clamp_min(1e-6))
         x = ((features - self.center.cpu()) / self.spread.cpu()).double().numpy()
-        num_folds = min(NUM_FOLDS, int(np.bincount(y, minlength=2).min()))
+        num_folds = min(NUM_FOLDS, persons_of_rarest(y, person))
         if num_folds < 2:
             return
-        folds = list(StratifiedGroupKFold(num_folds).split(x, y, person))
+        folds = [fold for fold in StratifiedGroupKFold(num_folds).split(x, y, person) if all_classes(y, 2, *fold)]
+        if not folds:
+            return
         penalties = {"C": INVERSE_PENALTIES}
         search = GridSearchCV(LogisticRegression(max_iter=1000), penalties, scoring="neg_log_loss", cv=folds)
         model = search.fit(x, y).best_estimator_

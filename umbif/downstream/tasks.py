@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from umbif.corpus.manifest import join_labels
 from umbif.corpus.shards import Corpus
+from umbif.encoders.probing import persons_of_rarest
 from umbif.errors import Problem, UsageError
 from umbif.ranges import Spellings
 
 MISSING = -1
+MOST_FOLDS = 20  # of which some are held out for the threshold
 
 
 def labelled(corpus: Corpus, labels: str | None) -> pd.DataFrame:
@@ -90,13 +94,27 @@ def split_rows(
     pool, test = np.flatnonzero(have & ~in_test), np.flatnonzero(have & in_test)
     _check_persons(exams["person"].to_numpy(), pool, test)
     _check_classes(y, {"training": pool, "test": test})
-    rarest = int(np.bincount(y[pool]).min())
-    num_folds = max(2, min(round(1 / val_fraction), rarest))  # each fold needs one of the rarer class
-    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    train, val = next(iter(folds.split(pool, y[pool], exams["person"].to_numpy()[pool])))
-    parts = {"train": pool[train], "val": pool[val], "test": test}
+    person = exams["person"].to_numpy()[pool]
+    num_folds, num_val = folds_for(val_fraction, persons_of_rarest(y[pool], person))
+    folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed).split(pool, y[pool], person)
+    val = np.sort(np.concatenate([held for _, held in islice(folds, num_val)]))
+    parts = {"train": np.delete(pool, val), "val": pool[val], "test": test}
     _check_classes(y, {"training": parts["train"], "validation": parts["val"]})
     return parts
+
+
+def folds_for(share: float, most: int) -> tuple[int, int]:
+    """How many folds there are, at most `most`, and how many of them hold `share` of the exams, as nearly as they can.
+
+    Raises:
+        UsageError: One person alone has a class: nothing is left to choose a threshold on.
+    """
+    if most < 2:
+        raise UsageError(Problem("a class needs two persons of the training part, one to learn from", f"{most}"))
+    near = Fraction(share).limit_denominator(min(most, MOST_FOLDS))
+    if 0 < near < 1:
+        return near.denominator, near.numerator
+    return (num := min(most, MOST_FOLDS)), 1 if near == 0 else num - 1
 
 
 def _check_persons(person: npt.NDArray[Any], pool: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> None:

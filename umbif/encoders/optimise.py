@@ -1,11 +1,15 @@
 """How encoders are trained: AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with warm-up and cosine by steps."""
 
+import logging
 import math
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
+
+log = logging.getLogger("umbif")
 
 
 def adamw(
@@ -37,7 +41,11 @@ def adamw(
             groups.setdefault((decay, (lr_factor or {}).get(name, 1.0)), []).append(parameter)
     options = [{"params": p, "weight_decay": decay, "lr": lr * factor} for (decay, factor), p in groups.items()]
     optimizer = torch.optim.AdamW(options, lr=lr, betas=betas, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, WarmupCosine(warmup_steps, max_steps))
+    if warmup_steps > max_steps > 0:
+        log.warning("model.warmup_steps=%d is not over in %d steps: the rate only rises", warmup_steps, max_steps)
+    # A partial leaves nothing in a checkpoint: a run that is made longer follows the longer cosine.
+    factor = partial(warmup_cosine, warmup_steps=warmup_steps, max_steps=max_steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -57,15 +65,9 @@ def exams_per_step(module: pl.LightningModule, global_batch_size: int) -> int:
     return global_batch_size * (trainer.accumulate_grad_batches if trainer is not None else 1)
 
 
-class WarmupCosine:
+def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int) -> float:
     """Factor of the learning rate: a line up to 1 over `warmup_steps`, then half a cosine down to 0 at `max_steps`."""
-
-    def __init__(self, warmup_steps: int, max_steps: int) -> None:
-        self.warmup_steps, self.max_steps = warmup_steps, max_steps
-
-    def __call__(self, step: int) -> float:
-        """Called by LambdaLR."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

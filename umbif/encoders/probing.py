@@ -61,6 +61,11 @@ def knn_accuracy(features: Array, labels: Array, persons: Array, neighbours: int
     return float(np.mean([right[y == c].mean() for c in range(len(classes))]))
 
 
+def persons_of_rarest(y: Array, persons: Array) -> int:
+    """Persons of the class that fewest have: as many folds can hold one of each class, and no person stands in two."""
+    return min(len(np.unique(persons[y == label])) for label in np.unique(y))
+
+
 def linear_probe(features: Array, labels: Array, persons: Array, folds: int = 5, seed: int = 0) -> float:
     """Area under the ROC curve of a logistic regression on frozen features (Alain and Bengio 2016, arXiv:1610.01644).
 
@@ -81,9 +86,9 @@ def linear_probe(features: Array, labels: Array, persons: Array, folds: int = 5,
     if not keep.any() or not np.isfinite(features).all():
         return float("nan")
     x, (classes, y), groups = features[keep], np.unique(labels[keep], return_inverse=True), persons[keep]
-    folds = min(folds, *(len(np.unique(groups[y == c])) for c in range(len(classes))))
+    folds = min(folds, persons_of_rarest(y, groups))
     parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups)
-    areas = [_area(x, y, train, test) for train, test in parts if _all_classes(y, len(classes), train, test)]
+    areas = [_area(x, y, train, test) for train, test in parts if all_classes(y, len(classes), train, test)]
     return float(np.mean(areas)) if areas else float("nan")
 
 
@@ -119,7 +124,8 @@ def _normalised(features: Array) -> npt.NDArray[np.float64]:
     return np.asarray(x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12))
 
 
-def _all_classes(y: Array, num: int, *parts: Array) -> bool:
+def all_classes(y: Array, num: int, *parts: Array) -> bool:
+    """Whether each of some parts has all of the classes."""
     return all(len(np.unique(y[part])) == num for part in parts)
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 
 from umbif.encoders.transformer import norm
 from umbif.pretrain.gather import gathered, gathered_rows
-from umbif.pretrain.losses import info_nce
+from umbif.pretrain.losses import full_precision, info_nce
 from umbif.pretrain.units import Identity, Unit, Units
 from umbif.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.exams import SEQUENCES, Exams
@@ -195,6 +195,7 @@ def standardised(projection: Tensor, who: Identity, everyone: Identity) -> Tenso
     everywhere = gathered(projection.float())
     weight = (one_hot(everyone.sequence, len(SEQUENCES)) * everyone.valid[:, None]).float()  # (all rows, sequences)
     num = weight.sum(0)[:, None]
-    mean = weight.T @ everywhere / num.clamp_min(1)
-    variance = weight.T @ (everywhere - mean[everyone.sequence]).square() / (num - 1).clamp_min(1)
+    with full_precision(projection):
+        mean = weight.T @ everywhere / num.clamp_min(1)
+        variance = weight.T @ (everywhere - mean[everyone.sequence]).square() / (num - 1).clamp_min(1)
     return (projection - mean[who.sequence]) / (variance.clamp_min(1e-12).sqrt() + 1e-4)[who.sequence]

@@ -69,6 +69,11 @@ class Losses:
         return {name: value.mean() for name, value in {"loss": self.total, **self.parts}.items()}
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast would make bf16 of a matrix product, whatever it is given; similarities are told apart by less."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -93,7 +98,8 @@ def info_nce(
     Returns:
         (R,) loss of each query, zero for one that is not valid or has no positive; and which of them had one.
     """
-    logits = normalize(query.float(), dim=-1) @ normalize(key.float(), dim=-1).T / temperature  # (R, K)
+    with full_precision(query):
+        logits = normalize(query.float(), dim=-1) @ normalize(key.float(), dim=-1).T / temperature  # (R, K)
     same_slot = who.slot[:, None] == whose.slot
     comparable = (who.sequence[:, None] == whose.sequence) & whose.valid
     positive = same_slot & (who.view[:, None] != whose.view) & comparable

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from umbif.files import reading
+from umbif.machine import is_leader
 
 
 class MetricsCSV(Logger):
@@ -25,7 +26,7 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self.last: dict[str, str] = {}
         self.columns = ["step", "slot"]
-        if self.path.exists():
+        if self.path.exists() and is_leader():  # others would write into the same file aside
             self._read(resumed_step)
 
     @property

@@ -1,5 +1,6 @@
 """A corpus as endless training batches that resume from one integer."""
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
@@ -22,6 +24,7 @@ from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
 
 log = logging.getLogger("umbif")
+PEOPLE = ("exam", "person", "split")  # of a corpus' table of exams: who may be learnt from
 PREFETCHED = 2  # batches of each worker that wait
 MEMORY_SHARE = 0.6  # of what is free, for batches on the way
 VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
@@ -34,17 +37,24 @@ class Position:
     seed: int
     next_slot: int = 0
 
-    def state(self, corpus: Corpus) -> dict[str, Any]:
+    def state(self, corpus: Corpus, people: str) -> dict[str, Any]:
         """All that it takes to go on: one integer, and what it counts in."""
-        return {"next_slot": self.next_slot, "seed": self.seed, "corpus": corpus.identity}
+        return {"next_slot": self.next_slot, "seed": self.seed, "corpus": corpus.identity, "people": people}
 
-    def restore(self, state: dict[str, Any], corpus: Corpus) -> None:
-        """Goes on with the next slot, of the same corpus only."""
+    def restore(self, state: dict[str, Any], corpus: Corpus, people: str) -> None:
+        """Goes on with the next slot, of the same corpus and the same people only."""
+        cure = "Choose another run.dir"
         if state["corpus"] != corpus.identity:
-            raise UsageError(
-                Problem("the checkpoint was trained on another corpus", str(corpus.folder), "Choose another run.dir")
-            )
+            raise UsageError(Problem("the checkpoint was trained on another corpus", str(corpus.folder), cure))
+        if state.get("people", people) != people:
+            what = "the persons, the split or the labels of the corpus have changed since the checkpoint was written"
+            raise UsageError(Problem(what, str(corpus.folder), cure))
         self.next_slot = state["next_slot"]
+
+
+def people_of(exams: pd.DataFrame) -> str:
+    """A name for who is in which part of a table: labels that come later may change what identifies no corpus."""
+    return hashlib.sha256(exams.to_csv(index=False).encode()).hexdigest()
 
 
 class PretrainData(pl.LightningDataModule):
@@ -128,11 +138,11 @@ class PretrainData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
-        return self.position.state(self.corpus)
+        return self.position.state(self.corpus, people_of(self.corpus.exams[[*PEOPLE]]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
-        self.position.restore(state_dict, self.corpus)
+        self.position.restore(state_dict, self.corpus, people_of(self.corpus.exams[[*PEOPLE]]))
 
 
 class SlotBatches:
