@@ -1,7 +1,10 @@
 """Preparing keeps voxels and geometry, survives a cut-off, and nothing damaged or incomplete is published or read."""
 
+import errno
 import itertools
 import os
+import re
+import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from umbif.corpus import prepare
+from umbif.corpus import prepare, preprocess, shards
 from umbif.corpus.index import build_manifest
 from umbif.corpus.prepare import merge, parse_part, prepare_corpus
 from umbif.corpus.preprocess import Preparation, UnusableExam, is_finer, prepare_exam, quantise
@@ -123,6 +126,57 @@ def test_other_spacings_are_resampled_to_the_recipe(spacing_mm):
     assert np.allclose(np.linalg.norm(exam.affine[:3, :3], axis=0), spacing_mm)
     millilitres = exam.brain.sum() * spacing_mm**3
     assert millilitres == pytest.approx((head > 0).sum(), rel=0.1)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(np.int16, 0.7), (np.float32, 0.55)])
+def test_a_sequence_is_measured_where_it_was_imaged_and_is_the_mean_elsewhere(dtype, share):
+    head, slices = ellipsoid(dtype), round(share * SHAPE[2])
+    values = np.where(head > 0, np.random.default_rng(3).normal(600, 60, SHAPE), 0).astype(dtype)
+    exam = prepare_exam({"t1": volume(head), "t2": volume(values[:, :, :slices])}, replace(WHOLE, spacing_mm=1.0))
+    box = box_of(head > 0)
+    shown = np.zeros(SHAPE, bool)
+    shown[:, :, :slices] = True
+    inside = (shown & (head > 0))[box]
+    t2 = exam.volumes["t2"]
+    assert t2.mean == pytest.approx(values[box][inside].mean(), abs=1e-3)
+    assert t2.std == pytest.approx(values[box][inside].std(), abs=1e-3)
+    assert (t2.low, t2.high) == pytest.approx((values[box][inside].min(), values[box][inside].max()), abs=1e-3)
+    assert np.abs(intensities(t2)[inside] - values[box][inside]).max() <= 0.51 * t2.scale
+    outside = round((t2.mean - t2.intercept) / t2.scale)  # as a corpus fills what lies outside
+    assert set(t2.stored[~inside].tolist()) == {outside}
+    assert (exam.brain.sum(), exam.off_the_brain) == ((head > 0).sum(), {})
+
+
+@pytest.mark.parametrize("spacing_mm", [1.0, 2.0])
+def test_a_field_of_view_that_holds_the_brain_changes_no_byte(monkeypatch, spacing_mm):
+    head = ellipsoid(np.int16)
+    inner = tuple(slice(s.start - 1, s.stop + 1) for s in box_of(head > 0))
+    affine = RAS.copy()
+    affine[:3, 3] = [s.start for s in inner]
+    images = {"t1": volume(head), "t2": volume(head[inner], affine)}
+    how = replace(WHOLE, spacing_mm=spacing_mm)
+    found = prepare_exam(images, how)
+    with monkeypatch.context() as everywhere:
+        everywhere.setattr(preprocess, "_field_of_view", lambda *_: np.bool_(True))
+        expected = prepare_exam(images, how)
+    for name in images:
+        assert found.volumes[name].stored.tobytes() == expected.volumes[name].stored.tobytes()
+        assert found.volumes[name].mean == expected.volumes[name].mean
+
+
+@pytest.mark.parametrize(("away_mm", "shown"), [(500.0, "0%"), (14.0, "4[0-9]%")])
+def test_a_sequence_that_misses_the_brain_is_set_aside(tmp_path, away_mm, shown):
+    folder = tmp_path / "AWAY"
+    folder.mkdir()
+    affine = RAS.copy()
+    affine[2, 3] = away_mm
+    save(folder / "P1_t1.nii.gz", ellipsoid(np.int16))
+    save(folder / "P1_t2.nii.gz", ellipsoid(np.int16), affine)
+    frames, bad = prepare._prepare_one(build_manifest([folder], num_workers=0).to_dict("records"), WHOLE)
+    assert [row["name"] for row, _ in frames] == ["t1", BRAIN]
+    assert frames[0][0]["shape"] == list(ellipsoid(np.int16)[box_of(ellipsoid(np.int16) > 0)].shape)
+    assert [(Path(row["path"]).name, row["reason"]) for row in bad] == [("P1_t2.nii.gz", "off_the_brain")]
+    assert re.match(f"It shows {shown} of the brain, less than 50%", bad[0]["detail"])
 
 
 def test_a_given_brain_mask_wins():
@@ -298,13 +352,8 @@ def test_a_part_has_one_writer(manifest, preparation, tmp_path):
 
 @pytest.mark.parametrize("lost", ["P2", "TINY"])
 def test_an_exam_that_could_not_be_read_is_tried_again(corpus, manifest, preparation, tmp_path, monkeypatch, lost):
-    def away(path, **_):
-        if lost in str(path):
-            raise BadVolume("unreadable", "The file cannot be read: Stale file handle.")
-        return read_volume(path, **_)
-
     with monkeypatch.context() as gone:
-        gone.setattr(prepare, "read_volume", away)
+        away(gone, *{path for path in manifest["path"] if lost in path})
         prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
     if lost == "TINY":  # all of them
         with pytest.raises(UmbifError, match=r"No exam could be prepared\.\nQuarantined: \d+ × unreadable"):
@@ -318,6 +367,65 @@ def test_an_exam_that_could_not_be_read_is_tried_again(corpus, manifest, prepara
     (row,) = np.flatnonzero(found.exams["exam"].str.contains("P2"))
     ours, theirs = ([whole(one, frame) for frame in one.frames(row).values()] for one in (found, corpus))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def away(monkeypatch, *names: str) -> None:
+    """A disk on which some files cannot be read for now."""
+
+    def read(path, **_):
+        if any(str(path).endswith(name) for name in names):
+            raise BadVolume("unreadable", "The file cannot be read: Stale file handle.")
+        return read_volume(path, **_)
+
+    monkeypatch.setattr(prepare, "read_volume", read)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_exam_without_one_of_its_files_is_completed_later_and_takes_no_room_until_then(
+    corpus, manifest, preparation, tmp_path, monkeypatch, parts
+):
+    def prepared(parts: int) -> str:
+        for part in range(1, parts + 1):
+            prepare_corpus(manifest, tmp_path, preparation, part=(part, parts), num_workers=0)
+        return merge(manifest, tmp_path)
+
+    with monkeypatch.context() as gone:
+        away(gone, "P6_t2.nii.gz", "P1_ses-1_seg.nii.gz", "P2_t1ce.nii.gz")
+        assert "3 × unreadable" in prepared(parts)
+        exams = Corpus(tmp_path).exams["exam"].tolist()
+        assert exams == [exam for exam in corpus.exams["exam"] if "P2" not in exam]
+        before = sorted((tmp_path / "shards").iterdir())
+        assert "3 × unreadable" in prepared(parts)
+        assert sorted((tmp_path / "shards").iterdir()) == before
+    assert "unreadable" not in prepared(1)
+    assert contents(Corpus(tmp_path))[1] == contents(corpus)[1]
+    assert not (set(before) - {*(tmp_path / "shards").iterdir()})  # what is there stays; its bytes are unused
+
+
+def test_a_brain_mask_that_can_be_read_later_wins_over_the_brain_that_was_guessed(tmp_path):
+    source, out = tmp_path / "LATE", tmp_path / "corpus"
+    source.mkdir()
+    save(source / "P1_t1.nii.gz", ellipsoid(np.int16))
+    save(source / "P1_brainmask.nii.gz", (ellipsoid(np.int16, 0.3) > 0).astype(np.uint8))
+    manifest = build_manifest([source], num_workers=0)
+    with pytest.MonkeyPatch.context() as gone:
+        away(gone, "P1_brainmask.nii.gz")
+        prepare_corpus(manifest, out, WHOLE, part=(1, 2), num_workers=0)
+    prepare_corpus(manifest, out, WHOLE, num_workers=0)
+    merge(manifest, out)
+    found = Corpus(out)
+    assert whole(found, found.frames(0)[BRAIN]).sum() == (ellipsoid(np.int16, 0.3) > 0).sum()
+
+
+def test_of_two_tries_the_complete_one_counts_even_if_it_is_older(corpus, manifest, preparation, tmp_path, monkeypatch):
+    prepare_corpus(manifest, tmp_path, preparation, part=(1, 1), num_workers=0)
+    with monkeypatch.context() as gone:
+        away(gone, "nii.gz")
+        prepare_corpus(manifest, tmp_path / "later", preparation, part=(2, 2), num_workers=0)
+    for table in (tmp_path / "later" / "shards").iterdir():
+        shutil.copy(table, tmp_path / "shards")
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path))[1] == contents(corpus)[1]
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
@@ -398,6 +506,58 @@ def test_one_flipped_bit_is_caught(tmp_path, name, where):
     flip_bit(folder / "shards" / row["shard"], row["byte_offset"] + round(where * (row["byte_length"] - 1)))
     with pytest.raises(UmbifError, match=rf"damaged or gone \(row {frame.row} .*umbif prepare"):
         corpus.read(frame, (0, 0, 0), (4, 4, 4))
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def test_few_shards_are_open_at_a_time_and_none_after_the_corpus(manifest, preparation, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 1)  # one exam a shard
+    monkeypatch.setattr(shards, "MAX_OPEN", 3)
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    merge(manifest, tmp_path)
+    found, before = Corpus(tmp_path), open_files()
+    for exam in [*range(8), *range(8)]:
+        whole(found, found.frames(exam)[BRAIN])
+        assert open_files() - before <= 3
+    assert open_files() - before == 3
+    del found
+    assert open_files() == before
+
+
+def test_what_the_system_refuses_is_not_told_as_damage(tmp_path):
+    found = Corpus(small_corpus(tmp_path))
+    frame = found.frames(0)["t1"]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(UmbifError) as caught:
+            whole(found, frame)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert re.match(rf"{found.folder}/shards/\S+: Too many open files\. Raise .*ulimit -n", str(caught.value))
+    assert "elete" not in str(caught.value)
+    assert whole(found, frame).any()
+
+
+def test_a_stale_handle_is_opened_anew(tmp_path, monkeypatch):
+    found = Corpus(small_corpus(tmp_path))
+    expected = whole(found, found.frames(0)["t1"])
+    (stale,) = found._files.values()
+
+    def pread(handle, *where, read=os.pread):
+        if handle == stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(handle, *where)
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.MonkeyPatch.context() as kept:
+        kept.setattr(os, "close", lambda _: None)  # so that the number is not given out again
+        assert np.array_equal(whole(found, found.frames(0)["t1"]), expected)
+    os.close(stale)
 
 
 def test_frames_stand_aligned(corpus):

@@ -11,7 +11,8 @@ import pytest
 
 from umbif.corpus import index
 from umbif.corpus.checks import duplicates, inspect, perceptual_hash
-from umbif.corpus.datasets import Found, find_volumes, parse_name
+from umbif.corpus.datasets import parse_name
+from umbif.corpus.folders import Found, find_volumes
 from umbif.corpus.index import _inspect_all, build_manifest, refuse_impossible, refuse_without_images, summary
 from umbif.corpus.manifest import (
     COLUMNS,

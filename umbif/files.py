@@ -25,6 +25,8 @@ CURES = {
     errno.EFBIG: FULL,
     errno.EISDIR: "Name a file",
     errno.ENOENT: "Check the spelling",
+    errno.EMFILE: "Raise the limit in this shell (ulimit -n 65536) and give the same command again",
+    errno.ENFILE: "The machine as a whole has too many files open; try again later, or on another one",
 }
 
 

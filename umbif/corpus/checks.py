@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbif.corpus.datasets import Found
+from umbif.corpus.folders import Found
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def inspect(found: Found) -> dict[str, Any]:
     return blank_row(found) | {
         "shape": list(volume.data.shape), "spacing_mm": list(volume.spacing_mm), "axcodes": volume.axcodes,
         "dtype": volume.data.dtype.name, "bytes": found.path.stat().st_size, "voxel_sha256": _voxel_sha256(values),
-        "perceptual_hash": "" if is_mask else _perceptual_hash(values), "flags": ",".join(volume.flags),
+        "perceptual_hash": "" if is_mask else _perceptual_hash(values), "flags": ",".join(found.flags + volume.flags),
     }  # fmt: skip
 
 
@@ -53,12 +53,11 @@ def duplicates(table: "pd.DataFrame") -> "pd.DataFrame":
 
 def blank_row(found: Found) -> dict[str, Any]:
     """The manifest row of a file as far as its name tells."""
-    exam = "/".join(filter(None, (found.dataset, found.subject, found.session)))
     return {
-        "dataset": found.dataset, "subject": found.subject, "session": found.session, "exam": exam, "person": "",
+        "dataset": found.dataset, "subject": found.subject, "session": found.session, "exam": found.exam, "person": "",
         "site": found.dataset, "role": found.role, "sequence": found.sequence, "path": str(found.path), "shape": [],
         "spacing_mm": [], "axcodes": "", "dtype": "", "bytes": 0, "voxel_sha256": "", "perceptual_hash": "",
-        "flags": "", "status": "ok", "reason": "", "detail": "", "split": "",
+        "flags": ",".join(found.flags), "status": "ok", "reason": "", "detail": "", "split": "",
     }  # fmt: skip
 
 

@@ -1,15 +1,10 @@
-"""Folders as the field names them → which volume belongs to which exam. Light imports: worker processes read this."""
+"""Names of files and folders as the field gives them → subject, session, role, sequence."""
 
-import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from umbif.errors import Problem, UsageError
-
-LOOKED_FOR = "Looked for .nii and .nii.gz files; DICOM and others are converted first, for example with dcm2niix."
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 SPELLINGS = {
     "t1": "t1 t1n t1w t1pre t1native t1precontrast mprage",
@@ -32,11 +27,31 @@ MADE = {
     "reg", "registered", "norm", "normalized", "mni", "sri24", "atlas", "corrected", "preproc", "parenchyma", "fused",
     "automated", "approx", "eddy", "noreg", "l1", "l2", "l3", "ap", "w", "c",
 }  # fmt: skip
+# Words by which folders sort the volumes of one exam, or say how they were made: never whose they are, or of when.
+SORTING = {
+    "2d", "3d", "anatomical", "atlas", "automated", "ax", "axial", "bet", "bias", "brain", "contrast", "cor", "coronal",
+    "corrected", "data", "derivatives", "diffusion", "files", "functional", "gad", "gadolinium", "gd", "image",
+    "images", "imagestr", "imagests", "label", "labels", "labelstr", "labelsts", "mask", "masks", "mni", "mr", "mri",
+    "n4", "native", "nifti", "nii", "norm", "normalized", "perfusion", "postcontrast", "precontrast", "preproc",
+    "preprocessed", "processed", "raw", "rawdata", "reg", "registered", "rois", "sag", "sagittal", "scans",
+    "segmentations", "skullstripped", "sri24", "stripped", "structural", "unstripped", "volumes",
+}  # fmt: skip
+DATATYPE = re.compile(r"(anat|func|dwi|perf|fmap)\d*")
+GROUPS = {"ad", "fa", "lesion", "md", "pd", "rd", "tumor", "tumour"}  # sequences, but also groups of people
+PERSON = re.compile(r"(sub|subj|subject|pat|patient|pt|participant|person|case|p)(id)?[_\- ]?\d+", re.IGNORECASE)
+SCAN = re.compile(r"(scan|mri?|exam|study|time)[_\- ]?\d{1,2}", re.IGNORECASE)
+WORD = re.compile(r"[^_\-\s.+]+")
 BRAIN_MASK = re.compile(r"brain[_-](mask|seg)", re.IGNORECASE)
-# A session is marked (`_ses-02`, `_Timepoint_1`), or two or three digits after five (UPENN-GBM-00001_11), or a date.
+TIME = (
+    r"(?:(?:pre|post)-?(?:op\w*|surg\w*|treatment|therapy|rt|radio\w*|chemo\w*)?|intra-?op\w*|baseline|follow-?ups?"
+    r"|diagnosis|recurrence|progression|(?:day|month|year)(?=-?\d)|\d+-?(?:day|week|month|year)s?)-?\d*"
+)
+# A session is marked (`_ses-02`, `_Timepoint_1`), or two or three digits after five (UPENN-GBM-00001_11), or a date, or
+# a time in words (`_preop`, `_followup2`).
 EXAM = re.compile(
     r"(?P<subject>.+?)(?:(?:[_-]ses-|[_-](?:session|ses|visit|timepoint|tp|week|fu)[_-]?(?=\d)"
-    r"|(?<=\d{5})[_-](?=\d{2,3}$)|[_-](?=(?:19|20)\d\d-?\d\d-?\d\d$))(?P<session>[a-z0-9-]+))?",
+    r"|(?<=\d{5})[_-](?=\d{2,3}$)|[_-](?=(?:19|20)\d\d-?\d\d-?\d\d$)|[_-](?=\d\d-\d\d-(?:19|20)\d\d$)"
+    rf"|[_-](?={TIME}$))(?P<session>[a-z0-9-]+))?",
     re.IGNORECASE,
 )
 
@@ -50,40 +65,6 @@ class Name(NamedTuple):
     sequence: str
 
 
-@dataclass(frozen=True)
-class Found:
-    """One file that calls itself NIfTI; `reason` says why it must not even be opened."""
-
-    path: Path
-    dataset: str
-    subject: str
-    session: str
-    role: str
-    sequence: str
-    reason: str = ""
-    detail: str = ""
-
-
-def find_volumes(sources: Sequence[Path], dataset: str | None = None) -> list[Found]:
-    """All NIfTI files in folders (or given singly), sorted by path.
-
-    Args:
-        sources: Folders or files. Hidden folders are passed over, symbolic links to folders are not entered.
-        dataset: The data set's name; by default the name of each source folder.
-
-    Raises:
-        UsageError: A source is missing, is a file that is no image, or two sources would share one name.
-    """
-    roots = [Path(source).resolve() for source in sources]
-    _check_sources(sources, roots, dataset)
-    found: dict[Path, Found] = {}
-    for root in roots:
-        folder = root if root.is_dir() else root.parent
-        for path in _walk(root) if root.is_dir() else [root]:
-            found.setdefault(path, _found(path, folder, dataset or folder.name))
-    return [found[path] for path in sorted(found)]
-
-
 def parse_name(path: Path, root: Path) -> Name:
     """Reads subject, session, role and sequence from a file's name, and from its folders where the name is silent.
 
@@ -94,52 +75,53 @@ def parse_name(path: Path, root: Path) -> Name:
     Returns:
         `role` is image, brain_mask or tumour_mask; `sequence` is "other" where no known spelling was found.
     """
-    stem = BRAIN_MASK.sub(r"brainmask-\1", NIFTI.sub("", path.name))
     folders = path.parent.relative_to(root).parts
-    exam_id, words = _split(stem, folders)
+    exam_id, words = _split(path, folders)
+    if words and not own_name(exam_id):  # `3d_t1`, `mri_t1`: nobody's name
+        exam_id = ""
     subject, session = _exam(exam_id, folders, root)
     return Name(subject, session, *_meaning(words))
 
 
-def _check_sources(given: Sequence[Path], roots: list[Path], dataset: str | None) -> None:
-    missing = [str(source) for source, root in zip(given, roots, strict=True) if not root.exists()]
-    if missing or not roots:
-        raise UsageError(Problem("There is no such folder or file", ", ".join(missing), "Check the spelling."))
-    if others := [str(source) for source in given if source.is_file() and not NIFTI.search(source.name)]:
-        raise UsageError(Problem("No image was found", ", ".join(others), LOOKED_FOR))
-    names = [root.name for root in roots if root.is_dir() and dataset is None]
-    if shared := sorted({name for name in names if names.count(name) > 1}):
-        cure = "Exams of equal names would become one. Index them one by one, each with --dataset NAME."
-        raise UsageError(Problem("Two sources have the same name", ", ".join(shared), cure))
+def unused_name(path: Path, root: Path, subject: str) -> str:
+    """What stands before the sequence in a file's name where the folders have decided on another subject."""
+    exam_id, words = _split(path, path.parent.relative_to(root).parts)
+    match = EXAM.fullmatch(exam_id)
+    return own_name(exam_id) if words and match and match["subject"] != subject else ""
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if NIFTI.search(name) and not name.startswith("."):  # macOS writes `._t1.nii.gz` beside `t1.nii.gz`
-                yield Path(folder, name)
-        for name in subfolders:
-            linked = Path(folder, name)
-            if linked.is_symlink() and not linked.resolve().is_relative_to(root):
-                yield linked
+@lru_cache(2**16)  # a folder is asked for each of its files
+def own_name(folder: str, words_of_file: frozenset[str] = frozenset()) -> str:
+    """A folder's name without the words that sort volumes of one exam, or say how they were made: `IXI-T1` → `IXI`.
+
+    Args:
+        folder: Its name.
+        words_of_file: Of a name that says no common sequence; a word of both is a sequence and no group of people.
+    """
+    words = _words(folder)
+    named = {word for word in words if word in NAMED and (word not in GROUPS or word in words_of_file)}
+    sorting = named | {word for word in words if word in SORTING or DATATYPE.fullmatch(word)}
+    if sorting & CONTRAST:
+        sorting |= {"pre", "post"}
+    kept = WORD.sub(lambda match: "" if match.group().lower() in sorting else match.group(), folder)
+    return re.sub(r"([_\- .+])[_\- .+]+", r"\1", kept).strip("_- .+")
 
 
-def _found(path: Path, root: Path, dataset: str) -> Found:
-    name = parse_name(path, root)
-    reason = detail = ""
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
-        reason, detail = "symlink_outside", "This link leads out of the source. Index the folder that holds the files."
-    return Found(path, dataset, *name, reason=reason, detail=detail)
+@lru_cache(2**16)
+def session_of_folder(folder: str) -> str:
+    """The session that a folder's whole name is, or nothing: `ses-02` → `02`, `preop` → `preop`."""
+    match = EXAM.fullmatch("x_" + re.sub(r"[_ .]+", "-", own_name(folder)))
+    return (match["session"] or "") if match and match["subject"] == "x" else ""
 
 
-def _split(stem: str, folders: tuple[str, ...]) -> tuple[str, list[str]]:
+def _split(path: Path, folders: tuple[str, ...]) -> tuple[str, list[str]]:
     """The exam's part of a file name, and the words that say which volume it is."""
+    stem = BRAIN_MASK.sub(r"brainmask-\1", NIFTI.sub("", path.name))
     if stem.lower().startswith("sub-"):  # BIDS: entities in any order, the suffix last
         parts = stem.split("_")
         exam = [part for part in parts if re.match(r"(sub|ses)-", part, re.IGNORECASE)]
         return "_".join(exam), _words("_".join(part for part in parts if part not in exam))
-    spans = [(m.start(), m.group().lower()) for m in re.finditer(r"[^_\-\s.+]+", stem)]
+    spans = [(m.start(), m.group().lower()) for m in WORD.finditer(stem)]
     named = [index for index, (_, word) in enumerate(spans) if word in NAMED]
     if not named:
         inside = folders and stem.lower().startswith(folders[-1].lower())
@@ -151,26 +133,28 @@ def _split(stem: str, folders: tuple[str, ...]) -> tuple[str, list[str]]:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[^_\-\s.+]+", text.lower())
+    return WORD.findall(text.lower())
 
 
 def _exam(exam_id: str, folders: tuple[str, ...], root: Path) -> tuple[str, str]:
     """Subject and session; the folders decide where the file's name has no number and theirs has one."""
-    marked = [(name, _session(f"_{name}")) for name in folders]
-    session_of_folder = next((session for _, session in reversed(marked) if session), "")
+    marked = [(name, session_of_folder(name)) for name in folders]
+    session = next((session for _, session in reversed(marked) if session), "")
     plain = [name for name, session in marked if not session]
-    numbered = [name for name in plain if re.search(r"\d", name)]
-    if not exam_id or (numbered and not re.search(r"\d", exam_id)):
-        exam_id = (numbered or plain or [root.name])[-1]
+    own = [name for name in plain if own_name(name)]
+    numbered = [name for name in own if _number(name)]
+    if not exam_id or (numbered and not _number(exam_id)):
+        persons = [name for name in numbered if PERSON.fullmatch(name)]
+        no_scans = [name for name in numbered if not SCAN.fullmatch(name)]
+        exam_id = next(kind for kind in (persons, no_scans, numbered, own, plain, [root.name]) if kind)[-1]
     match = EXAM.fullmatch(exam_id)
     if match is None:  # a name of separators only
-        return exam_id, session_of_folder
-    return match["subject"], match["session"] or session_of_folder
+        return exam_id, session
+    return match["subject"], match["session"] or session
 
 
-def _session(name: str) -> str:
-    match = EXAM.fullmatch(f"x{name}")
-    return (match["session"] or "") if match else ""
+def _number(name: str) -> bool:
+    return bool(re.search(r"\d", name))
 
 
 def _meaning(words: list[str]) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from umbif.corpus.checks import blank_row, duplicates, inspect, quarantined
-from umbif.corpus.datasets import LOOKED_FOR, Found, find_volumes
+from umbif.corpus.folders import LOOKED_FOR, TOLD_APART, Found, find_volumes
 from umbif.corpus.manifest import (
     COLUMNS,
     FILLED_BY_LABELS,
@@ -111,6 +111,8 @@ def summary(table: pd.DataFrame) -> str:
         lines.append("masks: " + ", ".join(f"{name} {count}" for name, count in masks.items()))
     if num_same := len(duplicates(table)):
         lines.append(f"{num_same} volumes have the voxels of another; their exams count as one person")
+    if num_apart := usable[usable["flags"].str.contains(TOLD_APART)]["exam"].nunique():
+        lines.append(f"{num_apart} exams have the name of others and are told apart by folders ({TOLD_APART} in flags)")
     return "\n".join(lines + _quarantine(table))
 
 

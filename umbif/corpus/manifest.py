@@ -128,13 +128,21 @@ def join_labels(table: pd.DataFrame, labels: str | Path) -> pd.DataFrame:
 
 
 def assign_persons(table: pd.DataFrame) -> pd.DataFrame:
-    """Fills `person`: as given by labels, else dataset/subject; exams that share an image's voxels are one person."""
+    """Fills `person`: as given by labels, else dataset/subject; exams that share an image's voxels are one person.
+
+    Subjects `a/001` and `b/001`, whom only folders tell apart, are one person unless labels give a person for all of
+    their exams: the folders may be sites, and may be times.
+    """
     subjects = table["dataset"] + "/" + table["subject"]
+    bare = table["dataset"] + "/" + table["subject"].str.rpartition("/")[2]
+    unclear = {*bare[table["person"] == ""]}
     usable = (table["role"] == "image") & (table["status"] == "ok")
     parents: dict[str, str] = {}
-    links = zip(table["exam"], subjects, table["person"], table["voxel_sha256"].where(usable, ""), strict=True)
-    for exam, subject, given, voxels in links:
-        ties = (f"subject {subject}", given and f"person {given}", voxels and f"voxels {voxels}")
+    voxels_of = table["voxel_sha256"].where(usable, "")
+    links = zip(table["exam"], subjects, bare, table["person"], voxels_of, strict=True)
+    for exam, subject, name, given, voxels in links:
+        ties = (f"subject {subject}", name in unclear and f"subject {name}", given and f"person {given}",
+                voxels and f"voxels {voxels}")  # fmt: skip
         for tie in filter(None, ties):
             parents[_top(parents, f"exam {exam}")] = _top(parents, tie)
     tops = [_top(parents, f"exam {exam}") for exam in table["exam"]]
@@ -257,9 +265,7 @@ def _row_keys(rows: pd.DataFrame, column: str, session: str | None) -> list[str]
     return keys
 
 
-def _rows_of_exams(
-    exams: pd.DataFrame, keys: list[str], *, by_subject: bool, by_dataset: bool
-) -> dict[str, list[int]]:
+def _rows_of_exams(exams: pd.DataFrame, keys: list[str], *, by_subject: bool, by_dataset: bool) -> dict[str, list[int]]:
     places: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
         if key:

@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from umbif.corpus.manifest import SCHEMA, label_columns
-from umbif.corpus.preprocess import Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
+from umbif.corpus.preprocess import MIN_COVERED, Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode
 from umbif.errors import Problem, Stopped, UmbifError, UsageError
@@ -34,6 +34,7 @@ TABLE_CURE = "Delete it and give the same umbif prepare command again (every --p
 UNREADABLE = "unreadable"  # the reason of a file that the system would not read
 OWN_COLUMNS = ("affine", *LOOKED_UP)  # of an index, beside those of a manifest
 Row = dict[str, Any]
+Result = tuple[list[tuple[Row, bytes]], list[Row]]  # frames of an exam, and what was set aside
 MASK_NUMBERS = {"scale": 1.0, "intercept": 0.0, "mean": 0.0, "std": 1.0, "low": 0.0, "high": 1.0}
 
 
@@ -64,10 +65,11 @@ def prepare_corpus(
     stem = f"{part[0]:05d}-of-{part[1]:05d}"
     with naming(out), _held(out, stem), _stoppable():
         _remove_unusable(out / "shards", stem)
-        done = _exams_done(out)
+        before = _prepared(out)
+        done = {*before["exam"]} - {*before["exam"][before["reason"] == UNREADABLE]}  # a disk may have been away
         todo = [exam for exam in exams if exam[0] not in done]
-        results = _in_processes([(rows, how) for _, rows in todo], num_workers)
-        _write_shards(track(results, "Preparing exams", len(todo)), out / "shards", stem)
+        results = track(_in_processes([(rows, how) for _, rows in todo], num_workers), "Preparing exams", len(todo))
+        _write_shards(_gains(results, [exam for exam, _ in todo], before), out / "shards", stem)
 
 
 def merge(manifest: pd.DataFrame, out: Path) -> str:
@@ -182,13 +184,15 @@ def _remove_unusable(shards: Path, stem: str) -> None:
 
 
 def _prepared(out: Path) -> pd.DataFrame:
-    """The rows of all shards; of an exam that was tried twice, those of the last time."""
+    """The rows of all shards; of an exam that was tried twice, those with the most frames, then the newest."""
     paths = sorted((out / "shards").glob("*.parquet"))
     if not paths:
-        return pd.DataFrame({"exam": [], "status": []})
-    rows = pd.concat([_table(path).assign(table=number) for number, path in enumerate(paths)])
-    last = rows.groupby("exam")["table"].transform("max")
-    return rows[rows["table"] == last].drop(columns="table").reset_index(drop=True)
+        return pd.DataFrame({"exam": [], "status": [], "reason": []})
+    ages = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))  # names count parts, not tries
+    rows = pd.concat([_table(path).assign(age=ages.index(path)) for path in paths])
+    tries = (rows["status"] == "ok").groupby([rows["exam"], rows["age"]]).sum().reset_index(name="num_frames")
+    best = tries.sort_values(["num_frames", "age"]).drop_duplicates("exam", keep="last")
+    return rows.merge(best[["exam", "age"]]).drop(columns="age")
 
 
 def _table(path: Path) -> pd.DataFrame:
@@ -196,12 +200,13 @@ def _table(path: Path) -> pd.DataFrame:
     return read_parquet(path, TABLE_CURE, ("exam", "status", "reason"))
 
 
-def _exams_done(out: Path) -> set[str]:
-    """What need not be tried again: an exam of which no file could be read may have met a disk that was away."""
-    rows = _prepared(out)
-    if rows.empty:
-        return set()
-    return {*rows["exam"][(rows["status"] == "ok") | (rows["reason"] != UNREADABLE)]}
+def _gains(results: Iterable[Result], exams: list[str], before: pd.DataFrame) -> Iterator[Result]:
+    """Passes over an exam that was tried again in vain: else each try would leave its bytes in a new shard."""
+    num_before = (before["status"] == "ok").groupby(before["exam"]).sum().to_dict()
+    for exam, (frames, bad) in zip(exams, results, strict=True):
+        settled = all(row["reason"] != UNREADABLE for row in bad)
+        if (len(frames), settled) > (num_before.get(exam, -1), False):
+            yield frames, bad
 
 
 def _as_known_now(good: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
@@ -212,14 +217,14 @@ def _as_known_now(good: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
     return good.drop(columns=before).assign(**fresh)
 
 
-def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | None) -> Iterator[tuple[Any, ...]]:
+def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | None) -> Iterator[Result]:
     """Results in the order of the jobs, with a bounded number in flight so that memory stays bounded."""
     if num_workers == 0 or len(jobs) <= 1:
         yield from (_prepare_one(*job) for job in jobs)
         return
     num_workers = min(num_workers or num_cores(), len(jobs))
     with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_calm_worker) as pool:
-        waiting: deque[Future[tuple[Any, ...]]] = deque()
+        waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
                 waiting.append(pool.submit(_prepare_one, *job))
@@ -231,7 +236,7 @@ def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | 
             pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what comes after an end
 
 
-def _result(future: "Future[tuple[Any, ...]]") -> tuple[Any, ...]:
+def _result(future: "Future[Result]") -> Result:
     try:
         return future.result()
     except BrokenProcessPool as error:
@@ -248,7 +253,7 @@ def _calm_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all of them; the first one answers
 
 
-def _prepare_one(rows: list[Row], how: Preparation) -> tuple[list[tuple[Row, bytes]], list[Row]]:
+def _prepare_one(rows: list[Row], how: Preparation) -> Result:
     """One exam: its frames with their index rows, and rows for what was quarantined."""
     images: dict[str, tuple[Row, Volume]] = {}
     masks: dict[str, Volume] = {}
@@ -281,7 +286,11 @@ def _prepare_one(rows: list[Row], how: Preparation) -> tuple[list[tuple[Row, byt
         )
     except UnusableExam as error:
         return [], [*bad, _quarantined(rows[0], error.reason, error.detail)]
-    return _frames(exam, {name: row for name, (row, _) in images.items()}, how), bad
+    for name, share in exam.off_the_brain.items():
+        row, _ = images[name]
+        detail = f"It shows {share:.0%} of the brain, less than {MIN_COVERED:.0%}: a slab, or in a space of its own."
+        bad.append(_quarantined(row, "off_the_brain", detail))
+    return _frames(exam, {name: row for name, (row, _) in images.items()}, how) if exam.volumes else [], bad
 
 
 def _check_face(volume: Volume, how: Preparation, has_brain_mask: bool) -> None:
@@ -311,7 +320,7 @@ def _quarantined(row: Row, reason: str, detail: str) -> Row:
     return {**row, "status": "quarantined", "reason": reason, "detail": detail}
 
 
-def _write_shards(results: Iterable[tuple[Any, ...]], folder: Path, stem: str) -> None:
+def _write_shards(results: Iterable[Result], folder: Path, stem: str) -> None:
     writer: ShardWriter | None = None
     rows: list[Row] = []
     number = max((int(path.stem[-5:]) + 1 for path in folder.glob(f"{stem}_*.parquet")), default=0)

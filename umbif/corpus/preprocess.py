@@ -6,6 +6,7 @@ Shapes: X Y Z are voxel axes towards the patient's right, front and top.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from umbif.errors import Problem, UsageError
 from umbif.ranges import NonNegativeFloat, Percent, PositiveFloat, ZstdLevel
 
 Array = npt.NDArray[Any]
+Box = tuple[slice, slice, slice]
 SAME_GRID_MM = 1e-3  # two grids that differ by less are one grid: no resampling, so no blurring
+MIN_COVERED = 0.5  # share of the brain in a sequence's field of view; with less, its numbers are not those of a brain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class StoredVolume:
-    """One sequence on the exam's grid: intensity = stored * scale + intercept. The other numbers are of the brain."""
+    """One sequence on the exam's grid: intensity = stored * scale + intercept. The others are of the brain it shows."""
 
     stored: npt.NDArray[np.int16]  # (X, Y, Z)
     scale: float
@@ -70,6 +73,7 @@ class PreparedExam:
     brain: npt.NDArray[np.uint8]
     tumour: npt.NDArray[np.uint8] | None
     affine: npt.NDArray[np.float64]
+    off_the_brain: dict[str, float]  # sequences that are left out, and the share of the brain that each shows
 
 
 class UnusableExam(Exception):
@@ -102,17 +106,23 @@ def prepare_exam(
     grid = _reference_grid(subjects, how.spacing_mm)
     mask = _brain_mask(subjects, images, brain, grid)
     box = _bounding_box(mask)
+    shares = {name: _share_shown(image, mask, grid, box) for name, image in subjects.items()}
+    near = {name: image for name, image in subjects.items() if shares[name] >= MIN_COVERED}
+    if len(near) < len(subjects):  # what lies elsewhere says nothing about where the brain is
+        mask = _brain_mask(near, images, brain, grid)
+        box = _bounding_box(mask)
     _check_brain(mask, how)
     volumes = {}
-    for name, image in subjects.items():
-        values = _numpy(_onto(image, grid))[box]
-        volumes[name] = quantise(values, mask[box], how.clip_percentiles)
+    for name, image in near.items():
+        shown = mask[box] & _field_of_view(image, grid, box)
+        volumes[name] = quantise(_numpy(_onto(image, grid))[box], shown, how.clip_percentiles)
     lesion = _numpy(_onto(_canonical(tumour, mask=True), grid))[box] > 0 if tumour is not None else None
     return PreparedExam(
         volumes=volumes,
         brain=mask[box].astype(np.uint8),
         tumour=None if lesion is None else lesion.astype(np.uint8),
         affine=_affine_of_box(grid.affine, box),
+        off_the_brain={name: share for name, share in shares.items() if name not in near},
     )
 
 
@@ -121,7 +131,7 @@ def quantise(values: Array, brain: Array, clip_percentiles: tuple[Percent, Perce
 
     Args:
         values: Intensities, (X, Y, Z).
-        brain: Brain mask, (X, Y, Z); outside of it the brain's mean is stored, a z-score of zero.
+        brain: Brain that was imaged, (X, Y, Z); outside of it the mean is stored, a z-score of zero.
         clip_percentiles: Lower and upper percentile, in 0 to 100.
     """
     inside = values[brain > 0]
@@ -164,6 +174,22 @@ def _onto(image: tio.Image, grid: tio.Image) -> tio.Image:
     return tio.Resample(grid)(image)
 
 
+def _share_shown(image: tio.Image, mask: npt.NDArray[np.bool_], grid: tio.Image, box: Box) -> float:
+    return float((mask[box] & _field_of_view(image, grid, box)).sum() / mask.sum())
+
+
+def _field_of_view(image: tio.Image, grid: tio.Image, box: Box) -> npt.NDArray[np.bool_]:
+    """Which voxels of the box an image reaches: beyond its edge resampling writes zeros that nobody measured."""
+    ends = np.array([*product(*((side.start, side.stop - 1) for side in box))]).T
+    onto_image = np.linalg.inv(image.affine) @ grid.affine
+    at = onto_image[:3, :3] @ ends + onto_image[:3, 3:]
+    last = np.array(image.spatial_shape)[:, None] - 1
+    if (np.abs(at - last / 2) < last / 2 + 0.499).all():  # mostly so; a corner nearer to the edge is left to resampling
+        return np.ones([side.stop - side.start for side in box], dtype=bool)
+    everywhere = tio.LabelMap(tensor=torch.ones((1, *image.spatial_shape), dtype=torch.uint8), affine=image.affine)
+    return _numpy(_onto(everywhere, grid))[box] > 0
+
+
 def _numpy(image: tio.Image) -> Array:
     return image.data[0].numpy()
 
@@ -198,7 +224,7 @@ def _largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return np.isin(parts, np.flatnonzero(sizes >= 0.1 * sizes.max()))
 
 
-def _bounding_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+def _bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
     if not mask.any():
         raise UnusableExam("no_brain", "The brain mask is empty: there is nothing but background.")
     spans = []
@@ -218,7 +244,7 @@ def _check_brain(mask: npt.NDArray[np.bool_], how: Preparation) -> None:
         )
 
 
-def _affine_of_box(affine: npt.NDArray[np.float64], box: tuple[slice, slice, slice]) -> npt.NDArray[np.float64]:
+def _affine_of_box(affine: npt.NDArray[np.float64], box: Box) -> npt.NDArray[np.float64]:
     moved = np.array(affine, dtype=np.float64)
     moved[:3, 3] = affine[:3, :3] @ np.array([s.start for s in box], dtype=float) + affine[:3, 3]
     return moved

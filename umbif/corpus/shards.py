@@ -5,6 +5,7 @@ A frame is a standard Blosc2 array of one volume (or mask) of one exam. Frames s
 without the rest of its volume.
 """
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from umbif.errors import Problem, UmbifError, UsageError
-from umbif.files import read_mapping, read_parquet, reading
+from umbif.files import naming, read_mapping, read_parquet, reading, refused
 
 ALIGN_BYTES = 4096
 CHUNK_VOXELS = 96
@@ -27,6 +28,8 @@ LOOKED_UP = ("name", "shape", *NUMBERS, "shard", "byte_offset", "byte_length", "
 BRAIN, TUMOUR = "brain", "tumour"  # the frames of an exam that are masks, beside its sequences
 ABOUT = "corpus.json"  # what a corpus is made of
 ABOUT_CURE = "Copy it again; or delete it and give the umbif prepare command again that made this corpus"
+OF_THE_FILE = (errno.ENOENT, errno.EIO)  # gone or damaged; what else the system says is not about the shard
+MAX_OPEN = 128  # shards; a process may mostly have 1024 files open
 INDEX_CURE = "Copy it again, or write it anew: the same umbif prepare command with --merge"
 
 
@@ -124,6 +127,10 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.exams)
 
+    def __del__(self) -> None:
+        for shard in [*self.__dict__.get("_files", ())]:
+            self._close(shard)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_cache": {}, "_cached_bytes": 0}
 
@@ -183,16 +190,21 @@ class Corpus:
         return self._cache[row]
 
     def _checked_bytes(self, row: int) -> bytes:
-        c, found = self._column, "the bytes are not those that were written"
-        shard = self.folder / "shards" / str(c["shard"][row])
+        c, shard = self._column, self.folder / "shards" / str(self._column["shard"][row])
         for _ in range(2):  # a bad read from a network file system often comes right the second time
+            fault: OSError | None = None
             try:
-                raw = os.pread(self._open(shard), int(c["byte_length"][row]), int(c["byte_offset"][row]))
+                with naming(shard):
+                    raw = os.pread(self._open(shard), int(c["byte_length"][row]), int(c["byte_offset"][row]))
             except OSError as error:
-                found = error.strerror or found
+                fault = error
+                self._close(shard)  # a stale handle stays stale
                 continue
             if google_crc32c.value(raw) == int(c["crc32c"][row]):
                 return raw
+        if fault is not None and fault.errno not in OF_THE_FILE:
+            raise refused(fault) or fault
+        found = "the bytes are not those that were written" if fault is None else fault.strerror
         raise UmbifError(
             f"{shard} is damaged or gone (row {row} of index.parquet): {found}. Copy it again; or delete it and give "
             "the umbif prepare command again that made this corpus: the exams of that shard are prepared anew."
@@ -200,8 +212,14 @@ class Corpus:
 
     def _open(self, shard: Path) -> int:
         if shard not in self._files:
+            if len(self._files) >= MAX_OPEN:
+                self._close(next(iter(self._files)))
             self._files[shard] = os.open(shard, os.O_RDONLY)
         return self._files[shard]
+
+    def _close(self, shard: Path) -> None:
+        if shard in self._files:
+            os.close(self._files.pop(shard))
 
 
 def _check_finished(folder: Path) -> None:
