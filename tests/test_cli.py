@@ -69,7 +69,7 @@ def test_a_strategy_that_this_hardware_cannot_have_is_answered(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("trainer.limit_val_batches=-1", "You have passed invalid value -1 for limit_val_batches"),
+        ("trainer.limit_val_batches=-1", "You have passed invalid value -1"),
         ("trainer.strategy=foo", "You selected an invalid strategy name: `strategy='foo'`"),
         ("trainer.devices=-3", "`devices` selected with `CPUAccelerator` should be an int > 0"),
     ],

@@ -38,7 +38,7 @@ def test_numbers_of_a_pretraining_that_mean_nothing_are_refused_together():
             "model.encoder.drop_path": (1, "less than 1"),
             "model.masking.num_visible": (0, "at least 1"),
             "model.masking.num_targets": (0, "at least 1 or null"),
-            "model.masking.max_visible_share": (1, "less than 1"),
+            "model.masking.max_visible_share": (1.5, "at most 1"),
             "model.contrast.temperature": (0, "more than 0"),
             "model.contrast.projector_depth": (0, "at least 1"),
             "model.contrast.channel_share": (1.5, "at most 1"),

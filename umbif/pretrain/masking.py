@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from umbif.ranges import OpenShare, PositiveInt, PositiveShare, Share
+from umbif.ranges import PositiveInt, PositiveShare, Share
 from umbif.stream.exams import Exams
 from umbif.stream.patches import PatchGrid
 from umbif.stream.philox import uniform
@@ -46,7 +46,7 @@ class Masking:
     """
 
     num_visible: PositiveInt = 48
-    max_visible_share: OpenShare = 0.5
+    max_visible_share: PositiveShare = 0.5
     num_targets: PositiveInt | None = 48
     decoded_share: PositiveShare = 1.0
     column_share: Share = 0.25
