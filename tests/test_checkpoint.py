@@ -128,7 +128,7 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
         return real(path)
 
     real = module._to_disk
-    monkeypatch.setattr(module, "_to_disk", killed)
+    monkeypatch.setattr(module, "to_disk", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 100)
     assert newest_complete(tmp_path) is None

@@ -24,7 +24,7 @@ from umbif.evaluation.report import write_report
 from umbif.fit import finished_steps, fit, tell_other_people
 from umbif.pretrain.run_page import write_run_page
 from umbif.scale.metrics import MetricsCSV
-from umbif.stream.modules import PEOPLE, people_of
+from umbif.stream.modules import people_of
 
 Answer = Callable[[list[str]], tuple[int, str]]
 
@@ -87,7 +87,7 @@ def test_curves_that_cannot_be_read_are_named(tmp_path: Path, content: bytes) ->
 def test_an_encoder_that_was_trained_on_another_split_is_told(
     corpus: Corpus, tmp_path: Path, people: str | None, told: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = people_of(corpus.exams[[*PEOPLE]]) if people is None else people
+    kept = people_of(corpus) if people is None else people
     save_encoder(ViT3D(**VIT), tmp_path, {"corpus": corpus.identity, "people": kept})
     model = SimpleNamespace(encoder=ViT3D(**VIT, weights=str(tmp_path)))
     tell_other_people(SimpleNamespace(model=model, data=SimpleNamespace(corpus=corpus)))

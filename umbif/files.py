@@ -83,9 +83,9 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield aside
-            _to_disk(aside)
+            to_disk(aside)
             aside.replace(path)
-            _to_disk(path.parent)
+            to_disk(path.parent)
     except OSError as error:
         error.filename = str(path) if error.filename == str(aside) else error.filename
         raise
@@ -129,7 +129,8 @@ def no_folder(path: Path, cure: str = "") -> Problem:
     return Problem("There is no such folder", str(path), hint if hint.startswith("Did") else cure)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Waits until a file, or what a folder lists, would outlive a loss of power."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

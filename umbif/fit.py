@@ -27,7 +27,7 @@ from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
 from umbif.scale.throughput import Throughput
-from umbif.stream.modules import PEOPLE, SlotCounter, people_of
+from umbif.stream.modules import SlotCounter, people_of
 
 log = logging.getLogger("umbif")
 PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")  # and how Lightning also spells them
@@ -170,7 +170,7 @@ def tell_other_people(built: Built) -> None:
     """Warns where an encoder was pretrained while this corpus had another split: it may know test people."""
     loaded, corpus = getattr(built.model.encoder, "loaded", {}), built.data.corpus
     about = read_config(loaded["source"]) if loaded.get("layout") == "umbif" else {}
-    if about.get("corpus") == corpus.identity and about.get("people") not in (None, people_of(corpus.exams[[*PEOPLE]])):
+    if about.get("corpus") == corpus.identity and about.get("people") not in (None, people_of(corpus)):
         log.warning(
             "%s was trained while this corpus had another split or other persons: it may have seen people who are "
             "now tested. Pretrain again, or mistrust the result", loaded["source"],

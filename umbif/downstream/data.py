@@ -10,7 +10,7 @@ from umbif.corpus.shards import Corpus
 from umbif.downstream.tasks import BinaryLabel, labelled, split_rows, targets
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveInt, Seed
 from umbif.stream.exams import Exams, WholeBrainDataset
-from umbif.stream.modules import Position, SlotBatches, data_loader, people_of, place
+from umbif.stream.modules import Position, SlotBatches, data_loader, digest, place
 
 
 class TaskData(pl.LightningDataModule):
@@ -88,4 +88,4 @@ class TaskData(pl.LightningDataModule):
         part = np.full(len(self.exams), "", dtype=object)
         for name, rows in self.parts.items():
             part[rows] = name
-        return people_of(self.exams[["exam", "person"]].assign(part=part, y=self.y))
+        return digest(self.exams[["exam", "person"]].assign(part=part, y=self.y))

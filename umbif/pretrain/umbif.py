@@ -29,7 +29,7 @@ from umbif.pretrain.pictures import held_out_exam, write_reconstruction
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, ShareBelowOne
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
-from umbif.stream.modules import PEOPLE, PretrainData, people_of
+from umbif.stream.modules import PretrainData, people_of
 from umbif.stream.patches import Patches, PatchGrid, choose, gather, scatter
 
 LR_EXAMS = 256  # exams of a step that a learning rate is given for (Goyal et al. 2017, arXiv:1706.02677)
@@ -213,7 +213,7 @@ class UMBIF(pl.LightningModule):
         if self.reconstruction_weight and trainer.global_step:
             write_reconstruction(self.cpu().eval(), held_out_exam(data), folder / "figures")
         about = {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
-        about["people"] = people_of(data.corpus.exams[[*PEOPLE]])
+        about["people"] = people_of(data.corpus)
         encoder = self.encoder if self.average is None else self.average.average["encoder"]
         save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", {"steps": trainer.global_step, **about})
 

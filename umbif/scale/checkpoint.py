@@ -7,7 +7,6 @@ cut off), brought to the disk, and renamed. A manifest of checksums, written las
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from umbif.errors import UmbifError
+from umbif.files import to_disk
 from umbif.ranges import PositiveInt
 
 STATE, MANIFEST = "state.ckpt", "complete.json"
@@ -40,11 +40,11 @@ class AtomicCheckpointIO(CheckpointIO):
         try:
             aside.mkdir(parents=True)
             torch.save(checkpoint, aside / STATE)
-            _to_disk(aside / STATE)
+            to_disk(aside / STATE)
             manifest = {"step": checkpoint["global_step"], "files": {STATE: _fingerprint(aside / STATE)}}
             (aside / MANIFEST).write_text(json.dumps(manifest))
-            _to_disk(aside / MANIFEST)
-            _to_disk(aside)
+            to_disk(aside / MANIFEST)
+            to_disk(aside)
             _put_in_place(aside, path)
         except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError when the disk is full
             shutil.rmtree(aside, ignore_errors=True)
@@ -137,7 +137,7 @@ def _put_in_place(aside: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    _to_disk(path.parent)
+    to_disk(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -155,11 +155,3 @@ def _problem(path: Path) -> str | None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

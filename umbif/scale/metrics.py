@@ -1,7 +1,6 @@
 """metrics.csv: one row a logged step, readable by anything, continued without a seam when a run resumes."""
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from umbif.files import reading
+from umbif.files import reading, whole
 from umbif.machine import is_leader
 
 
@@ -26,7 +25,7 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self.last: dict[str, str] = {}
         self.columns = ["step", "slot"]
-        if self.path.exists() and is_leader():  # others would write into the same file aside
+        if self.path.exists() and is_leader():  # others would drop its rows too
             self._read(resumed_step)
 
     @property
@@ -73,14 +72,10 @@ class MetricsCSV(Logger):
             return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        aside = self.path.with_name(f".{self.path.name}.writing")
-        with aside.open("w", newline="") as file:
+        with whole(self.path) as aside, aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path)
 
 
 def _short(value: Any) -> str:

@@ -24,7 +24,6 @@ from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
 
 log = logging.getLogger("umbif")
-PEOPLE = ("exam", "person", "split")  # of a corpus' table of exams: who may be learnt from
 PREFETCHED = 2  # batches of each worker that wait
 MEMORY_SHARE = 0.6  # of what is free, for batches on the way
 VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
@@ -52,8 +51,13 @@ class Position:
         self.next_slot = state["next_slot"]
 
 
-def people_of(exams: pd.DataFrame) -> str:
-    """A name for who is in which part of a table: labels that come later may change what identifies no corpus."""
+def people_of(corpus: Corpus) -> str:
+    """A name for who may be learnt from: labels that come later may change it, and the corpus keeps its identity."""
+    return digest(corpus.exams[["exam", "person", "split"]])
+
+
+def digest(exams: pd.DataFrame) -> str:
+    """The same for tables of equal content."""
     return hashlib.sha256(exams.to_csv(index=False).encode()).hexdigest()
 
 
@@ -138,11 +142,11 @@ class PretrainData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
-        return self.position.state(self.corpus, people_of(self.corpus.exams[[*PEOPLE]]))
+        return self.position.state(self.corpus, people_of(self.corpus))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
-        self.position.restore(state_dict, self.corpus, people_of(self.corpus.exams[[*PEOPLE]]))
+        self.position.restore(state_dict, self.corpus, people_of(self.corpus))
 
 
 class SlotBatches:
