@@ -127,7 +127,7 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(path)
 
-    real = module._to_disk
+    real = module.to_disk
     monkeypatch.setattr(module, "to_disk", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 100)
