@@ -1,6 +1,8 @@
 """What a test runs in processes of their own. Imports stay light: each process pays for them."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -74,3 +76,33 @@ def guard_of_rank(rank: int, folder: Path) -> None:
         said = str(error)
     torch.save({"accepted": guard.accepted, "said": said, "gradient": layer.weight.grad}, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def head_of_rank(rank: int, world_size: int, folder: Path, corpus: Path, labels: Path) -> None:
+    """Writes the head that this rank starts with, and how many exams it has read for it."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    torch.save(started_head(corpus, labels, rank, world_size), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def started_head(corpus: Path, labels: Path, rank: int = 0, world_size: int = 1) -> dict[str, object]:
+    """The head of an encoder that all ranks have, though each drew another one for it."""
+    from small import VIT
+
+    from umbif.downstream.data import TaskData
+    from umbif.downstream.finetune import FineTune
+    from umbif.downstream.tasks import BinaryLabel
+    from umbif.encoders.vit import ViT3D
+
+    label = BinaryLabel(columns=["idh"], positive=["mutant"], negative=["wildtype"])
+    data = TaskData(str(corpus), "idh", label, str(labels), num_workers=0)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, num_devices=world_size)  # type: ignore[assignment]
+    torch.manual_seed(5)
+    encoder = ViT3D(**VIT)
+    torch.manual_seed(rank)
+    module, num_read = FineTune(encoder), []
+    encoder.register_forward_hook(lambda *_: num_read.append(1))
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(forward_context=nullcontext))
+    module.start_head(data, trainer)  # type: ignore[arg-type]
+    return {"head": module.head.state_dict(), "num_read": len(num_read)}

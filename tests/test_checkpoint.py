@@ -1,8 +1,10 @@
 """A checkpoint is complete or absent, whatever ends the process that writes it, and never runs code."""
 
+import errno
 import json
 import os
 import resource
+import stat
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -73,6 +75,39 @@ def test_a_leftover_does_not_hinder_the_next_save(folder):
     save(folder, 300)
     assert newest_complete(folder) == folder / "step=000300"
     assert sorted(path.name for path in (folder / "step=000300").iterdir()) == [MANIFEST, STATE]
+
+
+def test_a_copy_that_somebody_keeps_beside_is_no_checkpoint_and_stays(folder):
+    (folder / "step=000500.bak").mkdir()
+    assert newest_complete(folder) == folder / "step=000200"
+    assert (folder / "step=000500.bak").exists()
+
+
+def test_training_goes_on_where_an_old_checkpoint_cannot_be_deleted(tmp_path, monkeypatch, caplog):
+    callback, trainer = Checkpoints(every_n_steps=1, keep=2), MagicMock(is_global_zero=True, default_root_dir=tmp_path)
+    callback.setup(trainer, MagicMock(), "fit")
+    trainer.save_checkpoint = lambda path: save(path.parent, trainer.global_step)
+    (tmp_path / "checkpoints").mkdir()
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(module.shutil, "rmtree", rmtree)
+    for trainer.global_step in (1, 2, 3):
+        callback.save(trainer)
+    assert "step=000001 could not be deleted: Directory not empty" in caplog.text
+
+
+def test_a_file_system_that_cannot_bring_folders_to_the_disk_is_no_reason_to_stop(folder, monkeypatch):
+    def fsync(handle: int, really=os.fsync) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        really(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save(folder, 300)
+    assert newest_complete(folder) == folder / "step=000300"
 
 
 @pytest.mark.parametrize("step", [200, 300])

@@ -7,12 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-from small import VIT, small_recipe
+from small import small_recipe
 from test_cli import FIT, run
 
 from umbif.corpus.manifest import read_manifest, write_manifest
@@ -21,10 +20,9 @@ from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, WEIGHTS, load_encoder_weights, read_config, save_encoder, write_tensors
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.evaluation.report import write_report
-from umbif.fit import finished_steps, fit, tell_other_people
+from umbif.fit import finished_steps, fit
 from umbif.pretrain.run_page import write_run_page
 from umbif.scale.metrics import MetricsCSV
-from umbif.stream.modules import people_of
 
 Answer = Callable[[list[str]], tuple[int, str]]
 
@@ -81,17 +79,6 @@ def test_curves_that_cannot_be_read_are_named(tmp_path: Path, content: bytes) ->
     if content:
         with pytest.raises(UsageError, match=r"metrics\.csv is damaged, .*got .*delete it"):
             MetricsCSV(tmp_path, 3)
-
-
-@pytest.mark.parametrize(("people", "told"), [("others", True), (None, False)])
-def test_an_encoder_that_was_trained_on_another_split_is_told(
-    corpus: Corpus, tmp_path: Path, people: str | None, told: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    kept = people_of(corpus) if people is None else people
-    save_encoder(ViT3D(**VIT), tmp_path, {"corpus": corpus.identity, "people": kept})
-    model = SimpleNamespace(encoder=ViT3D(**VIT, weights=str(tmp_path)))
-    tell_other_people(SimpleNamespace(model=model, data=SimpleNamespace(corpus=corpus)))
-    assert ("may have seen people who are now tested" in caplog.text) is told
 
 
 def test_only_the_first_process_of_a_resumed_run_writes_its_curves(

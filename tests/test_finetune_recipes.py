@@ -1,17 +1,26 @@
 """Every fine-tuning recipe of the folder takes two steps, with an encoder of patches and with a convolutional one."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.multiprocessing as mp
+from ranks import head_of_rank, started_head
 from safetensors.torch import load_file
 from small import VIT
 
+from umbif.corpus.people import marks
 from umbif.downstream.finetune import FineTune
 from umbif.downstream.heads import HeadOptions
 from umbif.encoders.vit import ViT3D
-from umbif.fit import fit
+from umbif.encoders.weights import save_encoder
+from umbif.errors import UmbifError, UsageError
+from umbif.fit import fit, known_people
 from umbif.recipe import compose, list_recipes
+from umbif.stream.modules import exams_of_split
 
 MUTANT = ("P2", "P3", "P6")  # one class; P1, P4 and P5 are the other
 CNN = ["encoder=efficientnet_b0", "model.encoder.voxel_mm=2"]
@@ -48,17 +57,80 @@ def test_a_frozen_encoder_is_never_in_training():
     assert all(part.training for part in free.modules())
 
 
-def finetuned(corpus_folder, folder, name, *overrides):
+def test_the_head_starts_alike_on_any_number_of_ranks_that_share_the_reading(corpus_folder, tmp_path):
+    labels = labelled(tmp_path, "idh", "mutant", "wildtype")
+    alone = started_head(corpus_folder, labels)
+    mp.start_processes(head_of_rank, args=(3, tmp_path, corpus_folder, labels), nprocs=3, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    assert sum(rank["num_read"] for rank in ranks) == alone["num_read"] > 0
+    for name, expected in alone["head"].items():
+        assert all(torch.equal(rank["head"][name], expected) for rank in ranks), name
+
+
+def test_a_finished_run_is_not_taken_for_one_of_other_labels(corpus_folder, tmp_path):
+    small = [FINETUNING[0], "trainer.max_steps=0", *(f"model.encoder.{key}={value}" for key, value in VIT.items())]
+    run = finetuned(corpus_folder, tmp_path, *small)
+    assert finetuned(corpus_folder, tmp_path, *small) == run  # nothing to do
+    assert finetuned(shutil.copytree(corpus_folder, tmp_path / "elsewhere"), tmp_path, *small) == run
+    table = pd.read_csv(tmp_path / "labels.csv")
+    table.iloc[[4, 5], 1] = table.iloc[[5, 4], 1].to_numpy()
+    with pytest.raises(UsageError, match="has finished with other exams, persons, labels"):
+        finetuned(corpus_folder, tmp_path, *small, labels=table)
+
+
+@pytest.mark.parametrize("weights", [None, "run"])
+def test_a_model_is_called_what_it_is(tmp_path, weights):
+    save_encoder(ViT3D(**VIT), tmp_path / "run", {})
+    encoder = ViT3D(**VIT, weights=weights and str(tmp_path / "run"))
+    assert FineTune(encoder).model_name == ("pretrained" if weights else "untrained")
+    assert FineTune(encoder, model_name="mine").model_name == "mine"
+
+
+def test_what_an_encoder_and_its_forebears_have_learnt_from_is_known_in_any_corpus(corpus, tmp_path):
+    train, held_out = exams_of_split(corpus, "train"), exams_of_split(corpus, "test")
+    save_encoder(ViT3D(**VIT), tmp_path / "first", {}, marks(corpus, held_out[:1]))
+    second = ViT3D(**VIT, weights=str(tmp_path / "first"))
+    save_encoder(second, tmp_path / "second", {}, marks(corpus, train))
+    for folder, expected in ((None, ""), ("second", f"learnt from 1 of the {len(held_out)} exams that are held out")):
+        encoder = ViT3D(**VIT, weights=folder and str(tmp_path / folder))
+        built = SimpleNamespace(model=SimpleNamespace(encoder=encoder), data=SimpleNamespace(corpus=corpus))
+        assert expected in (said := known_people(built))
+        assert bool(said) is bool(expected)
+
+
+def test_a_gpu_without_room_is_answered_and_another_batch_may_be_tried_in_the_same_folder(
+    corpus_folder, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    small = [FINETUNING[0], "trainer.max_steps=1", *(f"model.encoder.{key}={value}" for key, value in VIT.items())]
+    with monkeypatch.context() as patched:
+        patched.setattr(FineTune, "training_step", full)
+        with pytest.raises(UmbifError, match=r"global_batch_size.*max_tokens"):
+            finetuned(corpus_folder, tmp_path, *small)
+    run = finetuned(corpus_folder, tmp_path, *small, "data.global_batch_size=1")
+    assert (run / "predictions.parquet").exists()
+
+
+def finetuned(corpus_folder, folder, name, *overrides, labels=None):
     """The run of a recipe with labels for the exams of the small corpus."""
     label = compose(name).tree["data"]["label"]
-    subjects = [f"P{i}" for i in range(1, 7)]
-    classes = [label["positive"][0] if subject in MUTANT else label["negative"][0] for subject in subjects]
-    folder.mkdir(exist_ok=True)
-    table = folder / "labels.csv"
-    pd.DataFrame({"subject": subjects, label["columns"][0]: classes}).to_csv(table, index=False)
+    table = labelled(folder, label["columns"][0], label["positive"][0], label["negative"][0])
+    if labels is not None:
+        labels.to_csv(table, index=False)
     return fit(
         compose(name, [
             "hardware=cpu", f"data.corpus={corpus_folder}", f"data.labels={table}", f"run.dir={folder / 'run'}",
             "data.global_batch_size=2", "data.num_workers=0", *overrides,
         ])
     )  # fmt: skip
+
+
+def labelled(folder, column, positive, negative):
+    """A table of labels for the people of the small corpus."""
+    subjects = [f"P{i}" for i in range(1, 7)]
+    folder.mkdir(exist_ok=True)
+    classes = [positive if subject in MUTANT else negative for subject in subjects]
+    pd.DataFrame({"subject": subjects, column: classes}).to_csv(folder / "labels.csv", index=False)
+    return folder / "labels.csv"

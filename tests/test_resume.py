@@ -1,22 +1,28 @@
 """A run that is killed anywhere and started again ends with the weights of a run that was left alone."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import torch
 from small import small_recipe
 
 from umbif.encoders.guard import Guard
-from umbif.errors import Stopped, UmbifError
+from umbif.errors import Stopped, UmbifError, UsageError
 from umbif.fit import fit
 from umbif.recipe import Recipe
+from umbif.stream.modules import Position, SlotCounter
 
 STEPS = 24
 
@@ -57,6 +63,40 @@ def test_a_run_that_is_made_longer_logs_step_after_step(corpus_folder: Path, tmp
     for num_steps in (3, 4, 8):  # it validates every second step
         run = fit(small(corpus_folder, tmp_path, num_steps))
     assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [*range(8)]
+
+
+def test_a_run_goes_on_with_its_corpus_wherever_that_lies_and_with_no_other(
+    corpus_folder: Path, tmp_path: Path
+) -> None:
+    fit(small(corpus_folder, tmp_path, 2))
+    moved = shutil.copytree(corpus_folder, tmp_path / "job_2" / "corpus")
+    run = fit(small(moved, tmp_path, 3))
+    about = json.loads((moved / "corpus.json").read_text())
+    (moved / "corpus.json").write_text(json.dumps({**about, "identity": "0" * 64}))
+    with pytest.raises(UsageError, match="another corpus"):
+        fit(small(moved, tmp_path, 4))
+    with pytest.raises(UsageError, match="has finished with other exams"):
+        fit(small(moved, tmp_path, 3))
+    assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [*range(3)]
+
+
+def test_an_encoder_is_kept_though_no_picture_of_it_can_be_drawn(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("umbif.pretrain.umbif.write_reconstruction", Mock(side_effect=UmbifError("a shard is damaged")))
+    run = fit(small(corpus_folder, tmp_path, 2))
+    assert (run / "encoder" / "config.json").exists()
+    assert "No reconstruction was drawn: a shard is damaged" in caplog.text
+
+
+def test_processes_that_would_go_on_from_different_checkpoints_stop() -> None:
+    data = SimpleNamespace(position=Position(0, next_slot=8))
+    trainer = SimpleNamespace(global_step=2, datamodule=data)
+    alike = SimpleNamespace(device="cpu", all_gather=lambda place: place)
+    SlotCounter().on_train_start(trainer, alike)  # type: ignore[arg-type]
+    apart = SimpleNamespace(device="cpu", all_gather=lambda place: torch.stack([place, place // 2]))
+    with pytest.raises(UmbifError, match=r"go on from different steps \(1, 2\)"):
+        SlotCounter().on_train_start(trainer, apart)  # type: ignore[arg-type]
 
 
 def test_a_run_of_which_every_step_was_skipped_exports_nothing(

@@ -48,6 +48,12 @@ def test_a_spelling_that_nobody_foresaw_is_told_and_never_taken_as_missing() -> 
     assert targets(rows[:3], label).tolist() == [1, 0, MISSING]
 
 
+def test_a_spelling_with_two_meanings_is_refused() -> None:
+    label = BinaryLabel(columns=["rano"], positive=["progression", "4"], negative=["stable"], missing=["4 "])
+    with pytest.raises(UsageError, match=r"'4' has two meanings: got data\.label\.positive and data\.label\.missing"):
+        targets(pd.DataFrame({"rano": ["4"]}), label)
+
+
 def test_a_missing_column_is_told_with_those_that_there_are() -> None:
     with pytest.raises(UsageError, match=r"idh or IDH.*columns exam, mgmt"):
         targets(pd.DataFrame({"exam": [], "mgmt": []}), BinaryLabel(columns=["idh", "IDH"], positive=[], negative=[]))
@@ -124,6 +130,31 @@ def test_the_head_starts_from_what_the_features_say() -> None:
     head.start_from(features, y, np.arange(200))
     assert (((head(features) > 0).numpy() == y).mean()) > 0.95
     assert int(head.linear.weight.abs().argmax()) == 4
+
+
+def test_what_does_not_vary_between_training_exams_is_not_blown_up_later() -> None:
+    features = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    features[:, 7] = 0
+    head = ExtremesHead(embed_dim=4)
+    head.start_from(features, np.arange(40) % 2, np.arange(40))
+    later = features.clone()
+    later[:, 7] = 0.01
+    torch.testing.assert_close(head(later), head(features), atol=0.01, rtol=0)
+
+
+def test_one_person_of_a_class_still_starts_the_head() -> None:
+    features = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    features[:4, 3] += 6
+    head = ExtremesHead(embed_dim=4)
+    head.start_from(features, (np.arange(40) < 4).astype(np.int64), np.r_[np.zeros(4, np.int64), np.arange(1, 37)])
+    assert head(features)[:4].min() > head(features)[4:].max()
+
+
+def test_the_head_answers_in_full_precision_under_autocast() -> None:
+    head, features = ExtremesHead(embed_dim=4), torch.randn(8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(features), head(features.double().float()))
+        assert head(features).dtype == torch.float32
 
 
 def test_extremes_leave_out_what_is_not_valid_and_scale_with_the_number_of_tokens() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from umbif.fit import check_together, refuse_wrong
+from umbif.fit import check_together, known_people, refuse_wrong
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
-from umbif.recipe_check import build, construct
+from umbif.recipe_check import Built, build, construct
 
 
 def check_recipe(recipe: Recipe) -> str:
@@ -36,12 +36,20 @@ def check_recipe(recipe: Recipe) -> str:
     return "\n".join([
         f"{recipe.name}: no problem found",
         f"  parameters   {parameters / 1e6:.2f} million, {encoder / 1e6:.2f} million of them in the encoder",
+        f"  starts from  {start_of(built)}",
         f"  corpus       {len(built.data.corpus)} exams at {built.data.corpus.spacing_mm:g} mm",
         f"  batch        {len(batch)} views of {' x '.join(map(str, batch.image.shape[2:]))} voxels, "
         f"{sequences:.1f} sequences each, read in {read_s:.2f} s",
         f"  hardware     {hardware(built.trainer_args)}",
         f"  run folder   {recipe.tree['run']['dir']}",
     ])  # fmt: skip
+
+
+def start_of(built: Built) -> str:
+    """Where the encoder's weights come from, and what makes a result of it doubtful."""
+    loaded = getattr(built.model.encoder, "loaded", None)
+    start = str(loaded["source"]) if loaded else "nothing: its weights are random"
+    return ". ".join(filter(None, (start, known_people(built))))
 
 
 def hardware(trainer: Mapping[str, Any]) -> str:

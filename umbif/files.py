@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
+NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP)
 NOT_MINE = "Ask its owner for the permission, or choose another place"
 FULL = "Make room or choose another place; what is written so far stays, and the same command again goes on"
 CURES = {
@@ -134,5 +135,8 @@ def to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL or not path.is_dir():  # some file systems cannot do it for a folder
+            raise
     finally:
         os.close(handle)

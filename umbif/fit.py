@@ -5,15 +5,20 @@ import re
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
+import torch
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from umbif.encoders.weights import CONFIG, ENCODER_CURE, read_config
+from umbif.corpus.people import num_held_out
+from umbif.encoders.vit import ViT3D
+from umbif.encoders.weights import CONFIG, ENCODER_CURE, seen_by
 from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
 from umbif.files import read_mapping, reading
 from umbif.machine import is_leader
@@ -21,13 +26,13 @@ from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
-from umbif.recipe_check import Built, build, check
+from umbif.recipe_check import Built, build, check, construct
 from umbif.run import open_run, write_provenance
 from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
 from umbif.scale.throughput import Throughput
-from umbif.stream.modules import SlotCounter, people_of
+from umbif.stream.modules import SlotCounter
 
 log = logging.getLogger("umbif")
 PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")  # and how Lightning also spells them
@@ -49,6 +54,7 @@ def fit(recipe: Recipe) -> Path:
     max_steps = recipe.tree["trainer"]["max_steps"]
     with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
         if finished_steps(folder) >= max_steps:
+            refuse_other_people(recipe, folder)
             console.print(f"{folder} has finished its {max_steps} steps: nothing to do.")
             return folder
         _train(recipe, folder)
@@ -84,6 +90,21 @@ def finished_steps(folder: Path) -> int:
         return int(read_mapping(config, ENCODER_CURE).get("steps", 0)) if config.exists() else -1
 
 
+def refuse_other_people(recipe: Recipe, folder: Path) -> None:
+    """A finished run answers for what it has learnt from: corrected labels or another corpus ask for another run.
+
+    Raises:
+        UsageError: Corpus, persons, split or labels are others now.
+    """
+    about = read_mapping(folder / "encoder" / CONFIG, ENCODER_CURE)
+    if not Path(recipe.tree["data"]["corpus"]).exists():  # staged for a job that has ended
+        return
+    data = construct(replace(recipe, tree={**recipe.tree["data"], "run": recipe.tree["run"]}))
+    if any(about.get(name, now) != now for name, now in (("corpus", data.corpus.identity), ("people", data.people()))):
+        what = f"{folder} has finished with other exams, persons, labels or another split"
+        raise UsageError(Problem(what, cure="Choose another run.dir, or delete that folder"))
+
+
 def _train(recipe: Recipe, folder: Path) -> None:
     if is_leader():
         remove_leftovers(folder / "checkpoints")
@@ -91,17 +112,21 @@ def _train(recipe: Recipe, folder: Path) -> None:
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
     check_together(built)
-    tell_other_people(built)
-    trainer = make_trainer(built.trainer_args, list(built.callbacks.values()), folder, resume)
-    if is_leader():
-        write_provenance(folder, recipe)
+    if known := known_people(built):
+        log.warning(known)
+    # Only once the checkpoint has been found to belong to this corpus: what is refused must not claim the folder.
+    provenance = LambdaCallback(on_train_start=lambda *_: write_provenance(folder, recipe))
+    trainer = make_trainer(built.trainer_args, [provenance, *built.callbacks.values()], folder, resume)
     if resume is not None:
         console.print(f"Going on from step {step_of(resume)} of {folder}")
     log.info("training starts at step %s", step_of(resume) if resume else 0)
-    if trainer.max_steps:  # a comparator that takes no step needs no exam
-        _fit(trainer, built, resume)
-        refuse_untaught(built, trainer.global_step, folder)
-    built.model.export(folder, built.data, trainer)
+    with _in_plain_words(trainer, built):
+        if trainer.max_steps:  # a comparator that takes no step needs no exam
+            trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
+            refuse_untaught(built, trainer.global_step, folder)
+        else:
+            write_provenance(folder, recipe)
+        built.model.export(folder, built.data, trainer)
     if is_leader() and has_page(folder):
         write_run_page(folder)
     log.info("finished at step %s", trainer.global_step)
@@ -122,9 +147,13 @@ def to_resume(folder: Path) -> Path | None:
     return resume
 
 
-def _fit(trainer: pl.Trainer, built: Built, resume: Path | None) -> None:
+@contextmanager
+def _in_plain_words(trainer: pl.Trainer, built: Built) -> Iterator[None]:
+    """What ends a training before its time."""
     try:
-        trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UmbifError(f"The GPU's memory ran out. {_less_memory(built)}") from error
     except SystemExit as end:  # Lightning's answer to Ctrl-C and to SIGTERM
         pressed = isinstance(end.__context__, KeyboardInterrupt)
         if not pressed and not isinstance(end, SIGTERMException):
@@ -137,6 +166,13 @@ def _fit(trainer: pl.Trainer, built: Built, resume: Path | None) -> None:
             raise
         cure = "Most often the memory ran out: lower data.num_workers or data.global_batch_size"
         raise UmbifError(f"A reading process was killed ({_last_line(error)}). {cure}.") from error
+
+
+def _less_memory(built: Built) -> str:
+    cures = ["Lower data.global_batch_size and raise trainer.accumulate_grad_batches by the same factor"]
+    cures += ["lower model.max_tokens"] if hasattr(built.model, "max_tokens") else []
+    cures += ["set model.encoder.activation_checkpointing=true"] if isinstance(built.model.encoder, ViT3D) else []
+    return f"{', or '.join(cures)}. Once a checkpoint was written, another batch or max_tokens needs another run.dir."
 
 
 def refuse_untaught(built: Built, num_steps: int, folder: Path) -> None:
@@ -166,15 +202,13 @@ def check_together(built: Built) -> None:
         raise UsageError(problems, str(built.data.corpus.folder))
 
 
-def tell_other_people(built: Built) -> None:
-    """Warns where an encoder was pretrained while this corpus had another split: it may know test people."""
-    loaded, corpus = getattr(built.model.encoder, "loaded", {}), built.data.corpus
-    about = read_config(loaded["source"]) if loaded.get("layout") == "umbif" else {}
-    if about.get("corpus") == corpus.identity and about.get("people") not in (None, people_of(corpus)):
-        log.warning(
-            "%s was trained while this corpus had another split or other persons: it may have seen people who are "
-            "now tested. Pretrain again, or mistrust the result", loaded["source"],
-        )  # fmt: skip
+def known_people(built: Built) -> str:
+    """What to say where the encoder has learnt from exams that are held out now; nothing where it has not."""
+    num_exams, num_known = num_held_out(built.data.corpus, seen_by(built.model.encoder))
+    if not num_known:
+        return ""
+    cure = "Pretrain again without them, or mistrust the result"
+    return f"The encoder has learnt from {num_known} of the {num_exams} exams that are held out here. {cure}"
 
 
 def scale_problems(built: Built) -> Iterator[Problem]:

@@ -22,9 +22,11 @@ from umbif.machine import environment, is_leader
 from umbif.progress import console
 from umbif.recipe import Recipe, read_tree
 
-# What may differ when a run goes on: nothing of it enters the numbers.
+# What may differ when a run goes on: nothing of it enters the numbers. A corpus or a table may lie elsewhere; whether
+# they are the same is asked of them, and not of their paths.
 MAY_CHANGE = (
-    "about", "run.dir", "callbacks", "data.num_workers", "data.cache_gib", "trainer.max_steps", "model.max_steps",
+    "about", "run.dir", "callbacks", "data.corpus", "data.labels", "data.num_workers", "data.cache_gib",
+    "trainer.max_steps", "model.max_steps", "model.encoder.activation_checkpointing",
 )  # fmt: skip
 TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
 ABSENT = "absent"
@@ -65,7 +67,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.yaml"
-    if not path.exists():
+    if not path.exists() or not _has_kept(folder):
         return
     before, now = flat(read_tree(path)), flat(recipe.tree)
     problems = [
@@ -79,6 +81,11 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
     if problems:
         cure = Problem("Go on with the old values, or start another run with run.dir=runs/ANOTHER_NAME")
         raise UsageError([*problems, cure], f"going on with {folder}, which another recipe began")
+
+
+def _has_kept(folder: Path) -> bool:
+    """Whether anything would be gone on with: a run that ended before its first checkpoint begins anew."""
+    return any(folder.glob("checkpoints/step=*")) or (folder / "encoder").exists()
 
 
 def _may_change(key: str) -> bool:
@@ -99,7 +106,9 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_provenance(folder: Path, recipe: Recipe) -> None:
-    """Writes what explains a run. Called once all is built: a recipe that cannot start must not claim the folder."""
+    """Writes what explains a run. Called once it starts: a recipe that cannot must not claim the folder."""
+    if not is_leader():
+        return
     write_text(folder / "recipe.yaml", recipe.to_yaml())
     origins = "".join(f"{key}: {json.dumps(origin)}\n" for key, origin in recipe.origins.items())
     write_text(folder / "origin.yaml", origins)

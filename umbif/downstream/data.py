@@ -4,13 +4,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 
+from umbif.corpus.people import digest
 from umbif.corpus.shards import Corpus
 from umbif.downstream.tasks import BinaryLabel, labelled, split_rows, targets
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveInt, Seed
 from umbif.stream.exams import Exams, WholeBrainDataset
-from umbif.stream.modules import Position, SlotBatches, data_loader, digest, place
+from umbif.stream.modules import Position, SlotBatches, data_loader, place
 
 
 class TaskData(pl.LightningDataModule):
@@ -63,11 +64,16 @@ class TaskData(pl.LightningDataModule):
         """Each validation and each test exam once, in this order of loaders."""
         return [self.each_once("val"), self.each_once("test")]
 
-    def each_once(self, part: str) -> DataLoader[Exams]:
-        """The exams of a part in their order."""
+    def each_once(self, part: str, shared: bool = False) -> DataLoader[Exams]:
+        """The exams of a part in their order, one by one: what is said of an exam hangs on no other.
+
+        Args:
+            part: train, val or test.
+            shared: This rank's share of them, and not all.
+        """
         dataset = self.dataset(part, None)
-        size = self.global_batch_size // place(self.trainer)[1] // 2  # all tokens are seen here, in training some
-        batches = BatchSampler(SequentialSampler(dataset), max(1, size), drop_last=False)
+        rank, world_size = place(self.trainer) if shared else (0, 1)
+        batches = BatchSampler(range(rank, len(dataset), world_size), 1, drop_last=False)
         return data_loader(dataset, batches, min(self.num_workers, len(batches)), self.trainer)
 
     def dataset(self, part: str, seed: int | None) -> WholeBrainDataset:
@@ -77,14 +83,14 @@ class TaskData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
-        return self.position.state(self.corpus, self._people())
+        return self.position.state(self.corpus, self.people())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
-        self.position.restore(state_dict, self.corpus, self._people())
+        self.position.restore(state_dict, self.corpus, self.people())
 
-    def _people(self) -> str:
-        """Who is in which part, and with which label."""
+    def people(self) -> str:
+        """A name for what is learnt from: who is in which part, and with which label."""
         part = np.full(len(self.exams), "", dtype=object)
         for name, rows in self.parts.items():
             part[rows] = name

@@ -12,14 +12,17 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.classification import BinaryAUROC
 
+from umbif.corpus.people import learnt_from, marks
 from umbif.downstream.data import TaskData
 from umbif.downstream.heads import ExtremesHead, HeadOptions
 from umbif.encoders.cnn import CNN3D
+from umbif.encoders.gather import from_first, is_first, summed
 from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder, write_tensors
 from umbif.files import whole
+from umbif.progress import track
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
@@ -43,7 +46,7 @@ class FineTune(pl.LightningModule):
         weight_decay: Of matrices.
         gradient_clip: Largest norm of the gradient.
         max_steps: Length of the cosine.
-        model_name: What tables call this model.
+        model_name: What tables call this model; null for pretrained or untrained, by what the encoder starts from.
     """
 
     def __init__(
@@ -59,11 +62,12 @@ class FineTune(pl.LightningModule):
         weight_decay: NonNegativeFloat = 0.05,
         gradient_clip: PositiveFloat = 1.0,
         max_steps: NonNegativeInt = 1000,
-        model_name: str = "pretrained",
+        model_name: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.head, self.max_tokens = encoder, ExtremesHead(encoder.embed_dim, head), max_tokens
-        self.layer_decay, self.model_name = layer_decay, model_name
+        self.layer_decay = layer_decay
+        self.model_name = model_name or ("pretrained" if getattr(encoder, "loaded", None) else "untrained")
         self.augmentation = augmentation or Augmentation(curve=0.2, bias=0.05, scale=0.05)
         self.guard = Guard(gradient_clip)
         self.optimisation: dict[str, Any] = {
@@ -119,7 +123,7 @@ class FineTune(pl.LightningModule):
     def on_train_start(self) -> None:
         """A fresh head starts from what the encoder gives already."""
         if not self.global_step:
-            self.start_head(self.trainer.datamodule)
+            self.start_head(self.trainer.datamodule, self.trainer)
 
     def train(self, mode: bool = True) -> Self:
         """A frozen encoder is never in training: nothing of it is dropped, and no statistics move."""
@@ -128,31 +132,42 @@ class FineTune(pl.LightningModule):
         return self
 
     @torch.no_grad()
-    def start_head(self, data: TaskData) -> None:
-        """Fits the head to the training exams by logistic regression, on features as evaluation sees them."""
-        training = self.training
+    def start_head(self, data: TaskData, trainer: pl.Trainer) -> None:
+        """Fits the head to the training exams by logistic regression, on features as evaluation sees them.
+
+        The ranks share the exams, each fills its own rows of zeros, and the sum of these is exact: the head is the same
+        for any number of ranks.
+        """
+        training, rows = self.training, data.parts["train"]
         self.eval()
-        parts = [(self.features(batch), batch) for batch in (b.to(self.device) for b in data.each_once("train"))]
-        y = torch.cat([batch.target for _, batch in parts if batch.target is not None])
-        person = torch.cat([batch.person for _, batch in parts])
-        features = torch.cat([features for features, _ in parts]).float().cpu()
-        self.head.start_from(features, y.cpu().numpy().astype(np.int64), person.cpu().numpy())
+        features = torch.zeros(len(rows), len(self.head.center), device=self.device)
+        batches = data.each_once("train", shared=True)
+        with trainer.precision_plugin.forward_context():
+            for batch in track(batches, "Fitting the head", len(batches)) if is_first() else batches:
+                features[batch.slot.to(self.device)] = self.features(batch.to(self.device)).float()
+        features = summed(features).cpu()
+        if is_first():
+            person, _ = pd.factorize(data.exams["person"].iloc[rows])
+            self.head.start_from(features, data.y[rows], person)
+        for tensor in self.head.state_dict().values():
+            from_first(tensor)
         self.train(training)
 
     def export(self, folder: Path, data: TaskData, trainer: pl.Trainer) -> None:
         """Writes predictions.parquet, `encoder/` and the head."""
         if not trainer.global_step:  # no step: the logistic regression alone is the model
-            self.to(trainer.strategy.root_device).start_head(data)
+            self.to(trainer.strategy.root_device).start_head(data, trainer)
         table = predictions(trainer, self, data)
         if not trainer.is_global_zero:
             return
         write_predictions(table, folder)
         threshold = float(table["threshold"].iloc[0])
         about = {"task": data.task, "positive": data.positive, "threshold": threshold}
-        about |= {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
+        about |= learnt_from(data.corpus, data.people())
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         write_tensors(head, folder / "head.safetensors")
-        save_encoder(self.encoder, folder / "encoder", {"steps": trainer.global_step, **about})
+        seen = marks(data.corpus, np.concatenate([data.parts["train"], data.parts["val"]]))
+        save_encoder(self.encoder, folder / "encoder", {"steps": trainer.global_step, **about}, seen)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the guard has seen decides about later steps."""

@@ -4,6 +4,7 @@ Shapes: B exams, V tokens, E width, F features.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,11 +57,14 @@ class ExtremesHead(nn.Module):
         return pooled(tokens, valid, self.extreme_share)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, F) to logits (B,)."""
-        return self.linear(self.dropout((features - self.center) / self.spread))[:, 0]
+        """(B, F) to logits (B,), in full precision: in half of it many exams would share a score."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.linear(self.dropout((features.float() - self.center) / self.spread))[:, 0]
 
     def start_from(self, features: Tensor, y: npt.NDArray[np.int64], person: npt.NDArray[np.int64]) -> None:
         """Takes the logistic regression of the training exams' features, its penalty chosen on held-out people.
+
+        Where one person alone has a class nobody can be held out, and the penalty is the strongest.
 
         A head that begins at random sends its errors into the encoder and spoils what was learnt there (Kumar et al.
         2022, arXiv:2202.10054).
@@ -72,17 +76,25 @@ class ExtremesHead(nn.Module):
         """
         spread, center = torch.std_mean(features, dim=0)
         self.center.copy_(center)
-        self.spread.copy_(spread.clamp_min(1e-6))
+        self.spread.copy_(torch.where(spread > 1e-6, spread, 1))  # what does not vary must not be blown up once it does
         x = ((features - self.center.cpu()) / self.spread.cpu()).double().numpy()
-        num_folds = min(NUM_FOLDS, persons_of_rarest(y, person))
-        if num_folds < 2:
-            return
-        folds = [fold for fold in StratifiedGroupKFold(num_folds).split(x, y, person) if all_classes(y, 2, *fold)]
-        if not folds:
-            return
-        penalties = {"C": INVERSE_PENALTIES}
-        search = GridSearchCV(LogisticRegression(max_iter=1000), penalties, scoring="neg_log_loss", cv=folds)
-        model = search.fit(x, y).best_estimator_
+        model = _logistic_regression(x, y, _folds(x, y, person))
         with torch.no_grad():
             self.linear.weight.copy_(torch.from_numpy(model.coef_))
             self.linear.bias.copy_(torch.from_numpy(model.intercept_))
+
+
+def _folds(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64], person: npt.NDArray[np.int64]) -> list[Any]:
+    """Of people, each fold with both classes on both sides."""
+    num_folds = min(NUM_FOLDS, persons_of_rarest(y, person))
+    if num_folds < 2:
+        return []
+    return [fold for fold in StratifiedGroupKFold(num_folds).split(x, y, person) if all_classes(y, 2, *fold)]
+
+
+def _logistic_regression(x: npt.NDArray[np.float64], y: npt.NDArray[np.int64], folds: list[Any]) -> LogisticRegression:
+    if not folds:
+        return LogisticRegression(C=INVERSE_PENALTIES[0], max_iter=1000).fit(x, y)
+    penalties = {"C": INVERSE_PENALTIES}
+    search = GridSearchCV(LogisticRegression(max_iter=1000), penalties, scoring="neg_log_loss", cv=folds)
+    return search.fit(x, y).best_estimator_

@@ -1,5 +1,6 @@
 """What a task asks, and of whom: labels as their authors spelled them → 0, 1 or missing; splits by person."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,6 +20,7 @@ from umbif.errors import Problem, UsageError
 from umbif.ranges import Spellings
 
 MISSING = -1
+MEANINGS = ("positive", "negative", "missing")
 MOST_FOLDS = 20  # of which some are held out for the threshold
 
 
@@ -55,8 +57,10 @@ def targets(exams: pd.DataFrame, label: BinaryLabel) -> npt.NDArray[np.int64]:
     """0, 1 or MISSING for each row of `exams`.
 
     Raises:
-        UsageError: No such column, or spellings that the label does not know: a silent "missing" would bias the task.
+        UsageError: No such column, or spellings that the label does not know, or knows twice: a silent "missing" would
+            bias the task.
     """
+    _check_spellings(label)
     present = [column for column in label.columns if column in exams]
     if not present:
         raise UsageError(
@@ -79,6 +83,23 @@ def targets(exams: pd.DataFrame, label: BinaryLabel) -> npt.NDArray[np.int64]:
             )
         )
     return first.map(meaning).to_numpy(dtype=np.int64)
+
+
+def _check_spellings(label: BinaryLabel) -> None:
+    """A spelling with two meanings, often one that a recipe's part already names, would be decided in silence."""
+    named = {name: {spelling.strip().casefold() for spelling in getattr(label, name)} for name in MEANINGS}
+    num = Counter(spelling for spellings in named.values() for spelling in spellings)
+    problems = [
+        Problem(
+            f"the spelling {spelling!r} has two meanings",
+            " and ".join(f"data.label.{name}" for name in MEANINGS if spelling in named[name]),
+            "Keep it in one: each list is replaced as a whole",
+        )
+        for spelling in sorted(num)
+        if num[spelling] > 1
+    ]
+    if problems:
+        raise UsageError(problems)
 
 
 def split_rows(

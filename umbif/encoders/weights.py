@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from umbif.files import read_mapping, reading, whole, write_text
 from umbif.machine import is_leader
 from umbif.progress import console
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, SEEN = "model.safetensors", "config.json", "seen.txt"
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 ENCODER_CURE = "Copy the encoder again; or delete its folder, and the umbif fit command that made it writes it anew"
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")  # where checkpoints keep the tensors
@@ -46,8 +47,15 @@ class Encoder(Protocol):
         """Takes every tensor by name."""
 
 
-def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
-    """Writes an encoder folder; `about` (preparation, run, versions) goes into its config."""
+def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any], seen: Iterable[str] = ()) -> None:
+    """Writes an encoder folder.
+
+    Args:
+        encoder: To be saved.
+        folder: Made if need be.
+        about: Goes into its config: preparation, run, versions.
+        seen: Marks of the images that it has learnt from; those of the encoder that it started from are added.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     class_path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
@@ -55,7 +63,13 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any]) -> None:
     if loaded := getattr(encoder, "loaded", None):
         config["started_from"] = {**loaded, "source": Path(loaded["source"]).name}  # a path may name people
     write_tensors(tensors, folder / WEIGHTS)
+    write_text(folder / SEEN, "".join(f"{mark}\n" for mark in sorted({*seen, *seen_by(encoder)})))
     write_text(folder / CONFIG, json.dumps(config, indent=2))  # last: it says that the run has finished
+
+
+def seen_by(encoder: Any) -> frozenset[str]:
+    """Marks of the images that an encoder has learnt from, as far as its weights came with them."""
+    return getattr(encoder, "seen", frozenset())
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -98,7 +112,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     """Loads weights, every tensor or none: of a run or folder of ours with the same config, or of a public file.
 
-    What was loaded is kept as `encoder.loaded`.
+    What was loaded is kept as `encoder.loaded`, and the marks of what it has learnt from as `encoder.seen`.
 
     Raises:
         UsageError: They do not fit (each difference is named), or the file is damaged.
@@ -111,6 +125,7 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
         if is_leader():
             console.print(str(report), markup=False)
     setattr(encoder, "loaded", report.as_dict())  # noqa: B010 - an encoder need not declare it
+    setattr(encoder, "seen", _seen(encoder_folder(path)) if file is None else frozenset())  # noqa: B010
     return report
 
 
@@ -138,6 +153,11 @@ def _load_ours(encoder: Encoder, folder: Path) -> LoadReport:
     except SafetensorError as error:
         raise UsageError(Problem(f"{folder / WEIGHTS} is damaged", str(error), "Copy or export it again")) from error
     return LoadReport(str(folder), "umbif", sorted(tensors))
+
+
+def _seen(folder: Path) -> frozenset[str]:
+    with reading(folder / SEEN, ENCODER_CURE):
+        return frozenset((folder / SEEN).read_text().split()) if (folder / SEEN).exists() else frozenset()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from umbif.encoders.gather import gathered, gathered_rows
 from umbif.encoders.transformer import norm
-from umbif.pretrain.gather import gathered, gathered_rows
 from umbif.pretrain.losses import full_precision, info_nce
 from umbif.pretrain.units import Identity, Unit, Units
 from umbif.ranges import NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from umbif.pretrain.gather import summed
+from umbif.encoders.gather import summed
 from umbif.pretrain.units import Identity
 from umbif.stream.exams import SEQUENCES
 from umbif.stream.patches import Patches

@@ -6,6 +6,8 @@ hidden patches; what the visible tokens are pooled to, projected, is matched bet
 Shapes: B exams × views, V visible tokens, T targets, E width, P voxels of a patch.
 """
 
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from umbif.corpus.people import learnt_from, marks
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw, exams_per_step
 from umbif.encoders.transformer import Block
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
-from umbif.errors import Problem, UsageError
+from umbif.errors import Problem, UmbifError, UsageError
 from umbif.pretrain.contrast import Contrast, ContrastOptions, MovingAverage
 from umbif.pretrain.decoder import CrossBlock, DecoderShape, build_decoder
 from umbif.pretrain.losses import Losses, TargetErrors
@@ -29,9 +32,10 @@ from umbif.pretrain.pictures import held_out_exam, write_reconstruction
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveFloat, PositiveInt, ShareBelowOne
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import Exams
-from umbif.stream.modules import PretrainData, people_of
+from umbif.stream.modules import PretrainData
 from umbif.stream.patches import Patches, PatchGrid, choose, gather, scatter
 
+log = logging.getLogger("umbif")
 LR_EXAMS = 256  # exams of a step that a learning rate is given for (Goyal et al. 2017, arXiv:1706.02677)
 
 
@@ -210,12 +214,21 @@ class UMBIF(pl.LightningModule):
         """Writes `encoder/` with what a later user has to know, and pictures of reconstructions."""
         if not trainer.is_global_zero:
             return
-        if self.reconstruction_weight and trainer.global_step:
-            write_reconstruction(self.cpu().eval(), held_out_exam(data), folder / "figures")
-        about = {"corpus": data.corpus.identity, "preparation": data.corpus.about["preparation"]}
-        about["people"] = people_of(data.corpus)
+        about = {"steps": trainer.global_step, **learnt_from(data.corpus, data.people())}
+        seen = marks(data.corpus, data.exams("train"))
         encoder = self.encoder if self.average is None else self.average.average["encoder"]
-        save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", {"steps": trainer.global_step, **about})
+        save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", about, seen)
+        if self.reconstruction_weight and trainer.global_step:
+            self._draw(folder / "figures", data)
+
+    def _draw(self, folder: Path, data: PretrainData) -> None:
+        """No encoder is lost for a picture: what is wrong with that is only told."""
+        stance = torch.compiler.set_stance("force_eager") if self.compile_backend else nullcontext()
+        try:
+            with stance:
+                write_reconstruction(self.cpu().eval(), held_out_exam(data), folder)
+        except UmbifError as error:
+            log.warning("No reconstruction was drawn: %s", error)
 
     @torch.no_grad()
     def _average_keys(self, visible: Patches, exams: Exams) -> Tensor | None:

@@ -7,6 +7,7 @@ cut off), brought to the disk, and renamed. A manifest of checksums, written las
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from umbif.files import to_disk
 from umbif.ranges import PositiveInt
 
 STATE, MANIFEST = "state.ckpt", "complete.json"
+NAME = re.compile(r"step=\d+")
 log = logging.getLogger("umbif")
 
 
@@ -102,12 +104,13 @@ class Checkpoints(Checkpoint):
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             for old in checkpoints(self.folder)[self.keep :]:
-                shutil.rmtree(old)
+                _remove(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete or not."""
-    return sorted((p for p in folder.glob("step=*") if p.is_dir()), key=lambda p: int(p.name[5:]), reverse=True)
+    found = [path for path in folder.glob("step=*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step=")), reverse=True)
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -118,6 +121,14 @@ def newest_complete(folder: Path) -> Path | None:
             return path
         log.warning("Passed over the checkpoint %s: %s", path.name, problem)
     return None
+
+
+def _remove(old: Path) -> None:
+    """A network file system keeps a folder while a file of it is open; no training ends for that."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        log.warning("The old checkpoint %s could not be deleted: %s", old.name, error.strerror)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -144,7 +155,7 @@ def _put_in_place(aside: Path, path: Path) -> None:
 def _problem(path: Path) -> str | None:
     try:
         files: Mapping[str, Any] = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         return "it is not complete"
     for name, expected in files.items():
         if not (path / name).is_file() or _fingerprint(path / name) != expected:

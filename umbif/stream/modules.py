@@ -1,6 +1,5 @@
 """A corpus as endless training batches that resume from one integer."""
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
+from umbif.corpus.people import people_of
 from umbif.corpus.shards import TUMOUR, Corpus
-from umbif.errors import Problem, UsageError
+from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import available_memory_bytes
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
 from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
@@ -49,16 +48,6 @@ class Position:
             what = "the persons, the split or the labels of the corpus have changed since the checkpoint was written"
             raise UsageError(Problem(what, str(corpus.folder), cure))
         self.next_slot = state["next_slot"]
-
-
-def people_of(corpus: Corpus) -> str:
-    """A name for who may be learnt from: labels that come later may change it, and the corpus keeps its identity."""
-    return digest(corpus.exams[["exam", "person", "split"]])
-
-
-def digest(exams: pd.DataFrame) -> str:
-    """The same for tables of equal content."""
-    return hashlib.sha256(exams.to_csv(index=False).encode()).hexdigest()
 
 
 class PretrainData(pl.LightningDataModule):
@@ -142,11 +131,15 @@ class PretrainData(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
-        return self.position.state(self.corpus, people_of(self.corpus))
+        return self.position.state(self.corpus, self.people())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `Position.restore`."""
-        self.position.restore(state_dict, self.corpus, people_of(self.corpus))
+        self.position.restore(state_dict, self.corpus, self.people())
+
+    def people(self) -> str:
+        """A name for what is learnt from."""
+        return people_of(self.corpus)
 
 
 class SlotBatches:
@@ -243,6 +236,21 @@ class SlotCounter(Callback):
     Dropout and drop path draw from torch's generator. Seeding it from (seed, slot, rank) before each batch leaves
     no state that a checkpoint could miss.
     """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses processes that go on from different places: each would step weights of its own.
+
+        Raises:
+            UmbifError: A file system showed them different checkpoints.
+        """
+        place = torch.tensor([trainer.global_step, trainer.datamodule.position.next_slot], device=pl_module.device)
+        places = pl_module.all_gather(place).reshape(-1, 2).unique(dim=0)
+        if len(places) > 1:
+            steps = ", ".join(map(str, places[:, 0].tolist()))
+            raise UmbifError(
+                f"The processes go on from different steps ({steps}): not all of them see the newest checkpoint yet. "
+                "Give the same command again in a minute."
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -1,4 +1,4 @@
-"""The rows of all ranks, with their gradients: what makes a contrast over ranks that of the joined batch."""
+"""What the ranks know together: rows of all with their gradients, sums, and what one of them hands to the others."""
 
 from typing import Any
 
@@ -21,6 +21,18 @@ def summed(values: Tensor) -> Tensor:
     if _distributed():
         torch.distributed.all_reduce(values)
     return values
+
+
+def from_first(values: Tensor) -> Tensor:
+    """Takes the values of the first rank, in place."""
+    if _distributed():
+        torch.distributed.broadcast(values, 0)
+    return values
+
+
+def is_first() -> bool:
+    """Whether this is the rank that `from_first` takes from; alone, every process is."""
+    return not _distributed() or torch.distributed.get_rank() == 0
 
 
 class _Gather(torch.autograd.Function):
