@@ -11,8 +11,9 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from umbif.errors import UsageError
-from umbif.evaluation.report import interval, number, p_value, write_report
+from umbif.evaluation.report import write_report
 from umbif.evaluation.statistics import Estimate, auc_interval
+from umbif.evaluation.words import interval, number, p_value
 from umbif.pages.page import data_uri, render, svg, write_page
 from umbif.pages.pictures import MASKED, three_planes
 
@@ -116,9 +117,90 @@ def test_fits_of_one_recipe_are_averaged_and_told_and_of_two_recipes_refused(tmp
         (folder / "recipe.yaml").write_text(f"run: {{seed: {seed}}}\nmodel: {{lr: 0.1}}\ndata: {{seed: {seed}}}\n")
     html = write_report(runs, tmp_path / "ensemble.html").read_text()
     assert "pretrained on IDH mutation is an ensemble: each score is the mean of 2 fits." in html
+    aucs = sorted(roc_auc_score(t["y"], t["score"]) for t in (predictions("pretrained", 1.0, s) for s in (1, 2)))
+    assert f"Each alone, these have AUCs from {number(aucs[0])} to {number(aucs[1])}." in html
     (runs[1] / "recipe.yaml").write_text("run: {seed: 2}\nmodel: {lr: 0.2}\ndata: {seed: 2}\n")
     with pytest.raises(UsageError, match=r"fits of pretrained on IDH mutation differ in model\.lr: got seed1, seed2"):
         write_report(runs, tmp_path / "ensemble.html")
+
+
+def test_fits_are_of_one_model_where_their_corpora_are_one_wherever_they_lie(tmp_path: Path) -> None:
+    runs = [run(tmp_path / f"seed{seed}", predictions("pretrained", 1.0, seed).assign(seed=seed)) for seed in (1, 2)]
+
+    def tell(folder: Path, disk: str, identity: str, labels: str = "labels.csv") -> None:
+        (folder / "recipe.yaml").write_text(f"data: {{corpus: {disk}/corpus, labels: {disk}/{labels}}}\n")
+        (folder / "encoder").mkdir(exist_ok=True)
+        (folder / "encoder" / "config.json").write_text(f'{{"corpus": "{identity}"}}')
+
+    tell(runs[0], "job.1", "abc")
+    tell(runs[1], "job.2", "abc")
+    assert "mean of 2 fits" in write_report(runs, tmp_path / "page.html").read_text()
+    tell(runs[1], "job.1", "def")
+    with pytest.raises(UsageError, match="fits of pretrained on IDH mutation differ in corpus: got seed1, seed2"):
+        write_report(runs, tmp_path / "page.html")
+    tell(runs[1], "job.1", "abc", "other.csv")
+    with pytest.raises(UsageError, match=r"differ in data\.labels"):
+        write_report(runs, tmp_path / "page.html")
+
+
+def hospitals(model: str, strength: float, seed: int) -> pd.DataFrame:
+    """Two data sets, of which the second has few mutants, and a model that knows which is which."""
+    parts = []
+    for name, share in (("a", 0.0), ("b", 0.8)):
+        for split in ("val", "test"):
+            part = predictions(model, strength, seed + len(parts), n=120).assign(dataset=name, split=split)
+            rare = np.random.default_rng(seed + len(parts)).random(120) < share
+            part["y"] = part["y"].where(~rare, 0)
+            part["score"] = expit(
+                strength * part["y"] + np.random.default_rng(len(parts)).normal(size=120) + 2 * (name == "a")
+            )
+            part["exam"] = part["person"] = f"{name}/{split}/" + part["exam"]
+            parts.append(part)
+    return pd.concat(parts)
+
+
+def test_a_task_of_several_data_sets_says_what_knowing_them_alone_would_give(tmp_path: Path) -> None:
+    runs = [run(tmp_path / name, hospitals(name, strength, 1)) for name, strength in (("knows", 2.0), ("guesses", 0.0))]
+    html = write_report(runs, tmp_path).read_text()
+    rows = pd.read_csv(tmp_path / "report_tables" / "results.csv").set_index("model")
+    assert rows["against_chance"].tolist() == ["better", "neither"]
+    assert (rows["p_holm"] < 0.05).all()
+    guess = rows.loc["guesses"]
+    shares = f"{100 * guess['lowest_prevalence']:.0f}% to {100 * guess['highest_prevalence']:.0f}% positive"
+    within = (
+        f"guesses has {guess['auc_within_value']:.2f} ({guess['auc_within_low']:.2f}–{guess['auc_within_high']:.2f})."
+    )
+    assert f"IDH mutation: exams of 2 data sets, {shares}." in html
+    assert f"Knowing only the data set gives AUC {guess['auc_of_dataset']:.2f}; within data sets knows has " in html
+    assert within in html
+    assert "knows did better than chance on IDH mutation; guesses did not show more than chance" in html
+    assert "The AUC within data sets counts only pairs" in html
+
+
+def test_a_task_whose_data_sets_have_one_class_each_says_that_nothing_can_be_claimed(tmp_path: Path) -> None:
+    apart = predictions("pretrained", 3.0, 1).assign(dataset=lambda x: np.where(x["y"] == 1, "a", "b"))
+    html = write_report([run(tmp_path / "run", apart)], tmp_path).read_text()
+    assert "No data set has both classes, so nothing is said to be better than chance." in html
+    assert "cannot be told without validation exams" in html
+    assert "pretrained did not show more than chance on IDH mutation." in html
+
+
+def test_the_page_does_not_judge_a_mean_of_fits_against_a_single_one(tmp_path: Path) -> None:
+    fits = [predictions("pretrained", 1.5, seed).assign(seed=seed) for seed in (1, 2)]
+    both = run(tmp_path / "run", *fits, predictions("untrained", 0.0, 3))
+    html = write_report([both], tmp_path).read_text()
+    assert "pretrained is the mean of 2 fits, untrained of 1: not alike" in html
+    assert "Nothing is said of 1 of 1 comparisons: their models are means of unlike numbers of fits." in html
+    assert "difference between models was shown" not in html
+
+
+def test_a_page_without_comparisons_leaves_none_of_the_page_before(tmp_path: Path) -> None:
+    one, two = (run(tmp_path / name, predictions(name, 1.0, 1)) for name in ("one", "two"))
+    html = write_report([one, two], tmp_path).read_text()
+    assert "Those of McNemar&#39;s test are not adjusted" in html
+    assert (tmp_path / "report_tables" / "comparisons.csv").exists()
+    write_report([one], tmp_path)
+    assert sorted(path.name for path in (tmp_path / "report_tables").iterdir()) == ["published.csv", "results.csv"]
 
 
 def test_two_reports_in_one_folder_keep_their_tables(tmp_path: Path) -> None:

@@ -175,6 +175,18 @@ def test_2000_resamples_of_100_exams_take_less_than_a_second() -> None:
     assert time.perf_counter() - start < 1.0
 
 
+def test_auc_within_data_sets_is_that_of_their_pairs_in_every_resample() -> None:
+    rng = np.random.default_rng(21)
+    y, score = draw(rng, 60, 0.5)
+    frame = table(y, np.round(score, 1), dataset=rng.choice(["a", "b", "c"], 60))
+    weights = rng.multinomial(60, np.full(60, 1 / 60), size=5)
+    for drawn, found in zip(weights, st.within_auc(frame, weights), strict=True):
+        resample = frame.loc[np.repeat(frame.index, drawn)]
+        pairs = resample[resample["y"] == 1].merge(resample[resample["y"] == 0], on="dataset")
+        won = (pairs["score_x"] > pairs["score_y"]) + 0.5 * (pairs["score_x"] == pairs["score_y"])
+        assert found == pytest.approx(won.mean())
+
+
 # --- calls ---
 
 
@@ -251,6 +263,107 @@ def test_few_and_pooled_exams_are_flagged() -> None:
     (result,) = evaluate(table(y, np.linspace(0, 1, 39), fold=np.arange(39) % 3))
     assert result.few
     assert result.pooled
+
+
+def two_hospitals(strength: float, recognises: float, seed: int = 0, **columns: object) -> pd.DataFrame:
+    """IDH of UCSF-PDGM (103 of 501 mutant) and UPENN-GBM (19 of 563), all test, and a quarter as many in validation."""
+    rng = np.random.default_rng(22 + seed)
+    parts = []
+    for split, share in (("test", 1.0), ("val", 0.25)):
+        sizes = [(round(share * mutant), round(share * exams)) for mutant, exams in ((103, 501), (19, 563))]
+        y = np.concatenate([np.arange(exams) < mutant for mutant, exams in sizes]).astype(int)
+        dataset = np.repeat(["ucsf", "upenn"], [exams for _, exams in sizes])
+        score = expit(strength * y + recognises * (dataset == "ucsf") + rng.normal(size=len(y)))
+        names = [f"{split}{i}" for i in range(len(y))]
+        parts.append(table(y, score, exam=names, person=names, dataset=dataset, split=split, seed=seed, **columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_recognising_the_hospital_is_not_better_than_chance_and_knowing_the_tumour_is() -> None:
+    (found,) = evaluate(two_hospitals(0.0, 2.0))
+    assert found.p_holm < 1e-6
+    assert found.auc_bootstrap.low > 0.6
+    assert found.auc_of_dataset == pytest.approx(0.711, abs=5e-4)
+    assert found.auc_within.low < 0.5 < found.auc_within.high
+    assert found.against_chance == "neither"
+    assert (found.num_datasets, found.lowest_prevalence) == (2, pytest.approx(19 / 563))
+    (found,) = evaluate(two_hospitals(1.5, 2.0))
+    assert found.against_chance == "better"
+    assert found.auc_within.value == pytest.approx(norm.cdf(1.5 / np.sqrt(2)), abs=0.04)
+    (found,) = evaluate(two_hospitals(-1.5, -2.0))
+    assert found.against_chance == "worse"
+
+
+def test_without_names_of_data_sets_all_exams_are_of_one() -> None:
+    (found,) = evaluate(two_hospitals(1.5, 0.0).drop(columns="dataset"))
+    assert found.num_datasets == 1
+    assert np.isnan([found.auc_of_dataset, found.auc_within.value]).all()
+    assert found.against_chance == "better"
+
+
+def test_nothing_is_claimed_where_each_data_set_has_one_class_or_one_person_of_it() -> None:
+    y = np.repeat([1, 0], [40, 41])
+    score = np.where(y == 1, 0.9, 0.1) + np.linspace(-0.1, 0.1, 81)
+    (apart,) = evaluate(table(y, score, dataset=np.where(y == 1, "a", "b")))
+    assert np.isnan(apart.auc_within.value)
+    (one,) = evaluate(table(y, score, dataset=np.where(np.arange(81) > 0, np.where(y == 1, "a", "b"), "b")))
+    assert one.auc_within.value == 1.0
+    assert one.auc_within.low < 0.5
+    assert {apart.against_chance, one.against_chance} == {"neither"}
+
+
+def test_a_data_set_that_validation_does_not_know_gets_the_share_of_all_and_fits_are_averaged() -> None:
+    def known(exams: pd.DataFrame) -> float:
+        return evaluate(exams)[0].auc_of_dataset
+
+    exams = two_hospitals(0.0, 0.0)
+    in_val = exams["split"] == "val"
+    assert np.isnan(known(exams[~in_val]))
+    assert np.isnan(known(exams[~in_val | (exams["dataset"] == "ucsf")]))
+    # A third data set with fewer mutants than either: taken for the mean of both, it comes between them.
+    third = exams[~in_val].assign(
+        dataset="third", y=0, exam=lambda x: x["exam"] + "c", person=lambda x: x["person"] + "c"
+    )
+    with_third = held_out(pd.concat([exams, third])).groupby("dataset")["share_of_dataset"].first()
+    assert with_third["upenn"] < with_third["third"] == pytest.approx(exams.loc[in_val, "y"].mean())
+    assert with_third["third"] < with_third["ucsf"]
+    turned = two_hospitals(0.0, 0.0, seed=1)
+    turned.loc[turned["split"] == "val", "dataset"] = turned["dataset"].map({"ucsf": "upenn", "upenn": "ucsf"})
+    assert known(pd.concat([exams, turned])) == pytest.approx(0.5, abs=1e-9)
+
+
+def test_many_exams_of_few_persons_are_few_and_not_better_than_chance() -> None:
+    """Each person's exams are alike: 3 persons with a positive exam, of 6, are no 30 of 60."""
+    y, person = np.repeat([1, 0], 30), np.repeat([f"p{i}" for i in range(6)], 10)
+    score = np.repeat([0.9, 0.8, 0.2, 0.7, 0.15, 0.1], 10)
+    (found,) = evaluate(table(y, score, person=person))
+    assert found.p_holm < 0.01
+    assert found.few
+    assert found.against_chance == "neither"
+
+
+def test_the_mean_of_five_fits_and_a_single_one_are_not_compared_and_its_fits_are_told() -> None:
+    y, score = draw(np.random.default_rng(23), 120, 2.5)
+    noise = np.random.default_rng(24).random((6, 120))
+    five = [table(y, score / 2 + noise[k] / 2, "five", seed=k) for k in range(5)]
+    frame = pd.concat([*five, table(y, noise[5], "one")])
+    found = compare_models(frame, "idh", "one", "five")
+    assert (found.fits_a, found.fits_b) == (1, 5)
+    assert found.difference.high < 0
+    assert not found.shown
+    assert found.words == "five is the mean of 5 fits, one of 1: not alike, so no difference is shown."
+    ensemble, single = evaluate(frame)
+    alone = [roc_auc_score(y, fit["score"]) for fit in five]
+    assert (ensemble.lowest_fit_auc, ensemble.highest_fit_auc) == pytest.approx((min(alone), max(alone)))
+    assert np.isnan(single.lowest_fit_auc)
+
+
+def test_folds_that_share_the_exams_among_them_are_one_fit() -> None:
+    y, score = draw(np.random.default_rng(25), 60, 1.0)
+    seeds = [table(y, score**power, fold=np.arange(60) % 3, seed=power) for power in (1, 2)]
+    (found,) = evaluate(pd.concat(seeds))
+    assert (found.num_fits, found.pooled) == (2, True)
+    assert (found.lowest_fit_auc, found.highest_fit_auc) == pytest.approx((roc_auc_score(y, score),) * 2)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pandas as pd
 from statsmodels.stats.contingency_tables import mcnemar
 
 from umbif.errors import Problem, UsageError, nearest
-from umbif.evaluation.evaluate import held_out
+from umbif.evaluation.evaluate import LEVEL, held_out
 from umbif.evaluation.statistics import (
     Bootstrap,
     Difference,
@@ -25,12 +25,15 @@ from umbif.evaluation.statistics import (
 class Comparison:
     """AUC of model `a` minus that of model `b`, and the exams that only one of them called right.
 
-    `num_left_out` counts exams that only one of the models scored.
+    `num_left_out` counts exams that only one of the models scored, `fits_a` the fits whose mean `a` is: a mean is
+    mostly better than one of its fits, whatever the model.
     """
 
     task: str
     a: str
     b: str
+    fits_a: int
+    fits_b: int
     num_exams: int
     num_left_out: int
     auc_a: float
@@ -43,9 +46,14 @@ class Comparison:
     p_holm: float = float("nan")
 
     @property
+    def alike(self) -> bool:
+        """Whether both are the mean of as many fits."""
+        return self.fits_a == self.fits_b
+
+    @property
     def shown(self) -> bool:
-        """Whether both intervals of the difference exclude 0 and Holm's P, where there is one, is below 0.05."""
-        if self.p_holm >= 0.05:
+        """Whether both are alike, both intervals exclude 0 and Holm's P, where there is one, is below 0.05."""
+        if not self.alike or self.p_holm >= LEVEL:
             return False
         lows, highs = (self.difference.low, self.bootstrap.low), (self.difference.high, self.bootstrap.high)
         return all(low > 0 for low in lows) or all(high < 0 for high in highs)  # NaN shows nothing
@@ -53,6 +61,9 @@ class Comparison:
     @property
     def words(self) -> str:
         """The finding as one sentence."""
+        if not self.alike:
+            (more, several), (fewer, few) = sorted([(self.a, self.fits_a), (self.b, self.fits_b)], key=lambda x: -x[1])
+            return f"{more} is the mean of {several} fits, {fewer} of {few}: not alike, so no difference is shown."
         if not self.shown:
             return f"No difference in AUC between {self.a} and {self.b} was shown."
         better, worse = (self.a, self.b) if self.difference.value > 0 else (self.b, self.a)
@@ -82,7 +93,7 @@ def compare_all(predictions: pd.DataFrame) -> list[Comparison]:
 
 def _compare(exams: pd.DataFrame, task: str, a: str, b: str) -> Comparison:
     rows_a, rows_b = _of(exams, task, a), _of(exams, task, b)
-    both = rows_a.merge(rows_b[["exam", "score", "call"]], on="exam", suffixes=("_a", "_b"))
+    both = rows_a.merge(rows_b[["exam", "score", "call", "num_fits"]], on="exam", suffixes=("_a", "_b"))
     if both.empty:
         raise UsageError(Problem(f"No test exam of {task} was scored by both {a} and {b}"))
     y = both["y"].to_numpy()
@@ -93,6 +104,8 @@ def _compare(exams: pd.DataFrame, task: str, a: str, b: str) -> Comparison:
         task=task,
         a=a,
         b=b,
+        fits_a=int(both["num_fits_a"].max()),
+        fits_b=int(both["num_fits_b"].max()),
         num_exams=len(both),
         num_left_out=len(rows_a) + len(rows_b) - 2 * len(both),
         auc_a=float(weighted_auc(both, ones, "score_a")[0]),

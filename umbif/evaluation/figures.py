@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from umbif.evaluation.statistics import TaskResult, calibration_curve
+from umbif.evaluation.evaluate import TaskResult
+from umbif.evaluation.statistics import calibration_curve
 
 # Okabe and Ito's palette; the dashes carry the distinction into black-and-white print.
 Style = tuple[str, Any]

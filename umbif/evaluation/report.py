@@ -17,19 +17,17 @@ import yaml
 
 from umbif.errors import Problem, UsageError
 from umbif.evaluation.compare import Comparison, compare_all
-from umbif.evaluation.evaluate import COLUMNS, evaluate
+from umbif.evaluation.evaluate import COLUMNS, TaskResult, evaluate
 from umbif.evaluation.figures import STYLES, task_figure
 from umbif.evaluation.published import CITATION, PUBLISHED, Published, arithmetic, published_task
-from umbif.evaluation.statistics import Bootstrap, Difference, Estimate, TaskResult
+from umbif.evaluation.words import MANY, interval, limits, methods, number, p_value, percent, signed, summary
 from umbif.files import no_folder, read_mapping, read_parquet
 from umbif.pages.page import data_uri, render, svg, write_page
 
-LEVEL = 0.05
-MANY = 3  # models, or differences, that a sentence can still name
 MEASURES = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
 PACKAGES = ("umbif", "numpy", "scipy", "statsmodels", "scikit-learn", "pandas", "matplotlib")
-DASH = "–"
-NO_PART_OF_A_MODEL = ("data.seed", "data.num_workers", "data.cache_gib")  # of a recipe's model and data
+# Of a recipe's model and data. The corpus is asked what it is: each run may have copied it to a disk of its own.
+NO_PART_OF_A_MODEL = ("data.seed", "data.num_workers", "data.cache_gib", "data.corpus")
 
 
 def write_report(
@@ -69,7 +67,7 @@ def write_report(
         tables=tables.name,
         title=title,
         summary=summary(results, comparisons),
-        notes=[*notes, *_limits(results)],
+        notes=[*notes, *limits(results)],
         by_task=by_task,
         comparisons=comparisons,
         charts={task: _charts(task, part, models) for task, part in by_task.items()},
@@ -89,138 +87,6 @@ def write_report(
     return page
 
 
-# --- words ---
-
-
-def summary(results: Sequence[TaskResult], comparisons: Sequence[Comparison]) -> str:
-    """What was found, in a sentence or two without symbols."""
-    persons = max(result.num_persons for result in results)
-    models = list(dict.fromkeys(result.model for result in results))
-    said = _by_model(results, models) if len(models) <= MANY else _by_task(results)
-    text = f"On held-out exams of up to {persons} persons, " + "; ".join(said) + "."
-    shown = [f"{comparison.task}: {comparison.words}" for comparison in comparisons if comparison.shown]
-    if len(shown) > MANY:
-        shown = [f"{len(shown)} of {len(comparisons)} comparisons between models showed a difference."]
-    if comparisons and not shown:
-        shown = ["No difference between models was shown."]
-    return " ".join([text, *shown])
-
-
-def methods(results: Sequence[TaskResult], comparisons: Sequence[Comparison]) -> list[str]:
-    """Paragraphs to paste into a manuscript."""
-    skipped = sum(result.auc_bootstrap.num_skipped for result in results)
-    paragraphs = [
-        "Every figure is computed on exams marked as test, with one score and one call per exam; several fits of one "
-        "model were averaged first. The threshold of each model was chosen on validation exams only, and no person of "
-        "a fit's validation exams is among its test exams.",
-        "The area under the ROC curve (AUC) is given with a 95% interval by DeLong's method on the logit scale (fast "
-        "algorithm of Sun and Xu, IEEE Signal Process Lett 2014;21:1389–93); where DeLong's variance is zero or "
-        "undefined, Wilson's interval with the size of the smaller class is used. Beside it stands the percentile "
-        f"interval of 2,000 bootstrap resamples of persons ({_skipped(skipped)}). P against chance is the two-sided "
-        "Mann–Whitney test, which takes exams as independent, adjusted by Holm's method over all rows of the table.",
-        "Accuracy, sensitivity, specificity and predictive values have Wilson intervals, F1 a person bootstrap. "
-        "Accuracy is set against always calling the more frequent class (exact one-sided binomial P). Calibration is "
-        "the Brier score, the intercept and slope of logistic recalibration, and the expected calibration error in "
-        "quantile bins.",
-    ]
-    if comparisons:
-        paragraphs.append(
-            "Models were compared on the same exams by DeLong's paired test, a person bootstrap of the difference and "
-            "McNemar's exact test of the calls. P values of the comparisons are adjusted by Holm's "
-            "method; a difference counts as shown where both intervals exclude 0 and the adjusted P is below 0.05."
-        )
-    return paragraphs
-
-
-def _by_model(results: Sequence[TaskResult], models: Sequence[str]) -> list[str]:
-    verdicts: dict[str, list[str]] = {}
-    for model in models:
-        verdicts.setdefault(_verdict([r for r in results if r.model == model]), []).append(model)
-    return [f"{_listed(alike)} {verdict}" for verdict, alike in verdicts.items()]
-
-
-def _by_task(results: Sequence[TaskResult]) -> list[str]:
-    tasks = {task: [r for r in results if r.task == task] for task in dict.fromkeys(r.task for r in results)}
-    better = {task: sum(r.p_holm < LEVEL and r.auc.value > 0.5 for r in part) for task, part in tasks.items()}
-    return [f"{better[task]} of {len(part)} models did better than chance on {task}" for task, part in tasks.items()]
-
-
-def _verdict(results: Sequence[TaskResult]) -> str:
-    beyond = [r.task for r in results if r.p_holm < LEVEL and r.auc.value > 0.5]
-    below = [r.task for r in results if r.p_holm < LEVEL and r.auc.value < 0.5]
-    rest = [r.task for r in results if r.task not in (*beyond, *below)]
-    parts = [f"did better than chance on {_listed(beyond)}"] if beyond else []
-    parts += [f"did worse than chance on {_listed(below)} (are the labels turned round?)"] if below else []
-    parts += [f"did not show more than chance on {_listed(rest)}"] if rest else []
-    return " but ".join(parts)
-
-
-def _limits(results: Sequence[TaskResult]) -> list[str]:
-    limits = [
-        f"{r.model} on {r.task} is an ensemble: each score is the mean of {r.num_fits} fits."
-        for r in results if r.num_fits > 1
-    ]  # fmt: skip
-    if few := list(dict.fromkeys(r.task for r in results if r.few)):
-        limits.append(
-            f"{_listed(few)}: fewer than 10 test exams in one class. Such intervals are too narrow more often than "
-            "their 95% says."
-        )
-    if pooled := list(dict.fromkeys(r.task for r in results if r.pooled)):
-        limits.append(
-            f"{_listed(pooled)}: scores of several cross-validation folds are pooled. Folds share training exams, so "
-            "intervals are too narrow and P values too small; a held-out test set is needed for a claim."
-        )
-    if repeated := list(dict.fromkeys(r.task for r in results if r.num_persons < r.num_exams)):
-        limits.append(
-            f"{_listed(repeated)}: some persons have several test exams. Prefer the person bootstrap there: the other "
-            "intervals and the P values take exams as independent."
-        )
-    return limits
-
-
-def _skipped(count: int) -> str:
-    return "every resample had both classes" if count == 0 else f"{count:,} resamples in all lacked a class, left out"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-# --- numbers ---
-
-
-def number(value: float, digits: int = 3) -> str:
-    """`0.815`; an undefined value is a dash."""
-    return DASH if not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """`+0.042`, for differences."""
-    return DASH if not math.isfinite(value) else f"{value:+.{digits}f}".replace("-", "−")
-
-
-def interval(estimate: Estimate | Bootstrap | Difference, digits: int = 3) -> str:
-    """`0.740–0.885`, or `−0.02 to 0.11` where a minus sign would meet the dash."""
-    if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
-        return DASH
-    joint = " to " if estimate.low < 0 else "–"
-    return f"{number(estimate.low, digits)}{joint}{number(estimate.high, digits)}"
-
-
-def percent(share: float) -> str:
-    """`14%`."""
-    return DASH if not math.isfinite(share) else f"{100 * share:.0f}%"
-
-
-def p_value(p: float) -> str:
-    """Two digits above 0.1, three below, and never zero."""
-    if not math.isfinite(p):
-        return DASH
-    if p < 0.001:
-        return "<0.001"
-    return f"{p:.2f}" if p >= 0.0995 else f"{p:.3f}"
-
-
 # --- tables ---
 
 
@@ -236,9 +102,11 @@ def _published_rows(results: Sequence[TaskResult]) -> list[tuple[str, list[Publi
 def _write_tables(folder: Path, results: Sequence[TaskResult], comparisons: Sequence[Comparison]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pd.json_normalize([_plain(result) for result in results], sep="_").to_csv(folder / "results.csv", index=False)
+    compared = folder / "comparisons.csv"
+    compared.unlink(missing_ok=True)  # of the page that this one replaces
     if comparisons:
         rows = [{**asdict(c), "shown": c.shown} for c in comparisons]
-        pd.json_normalize(rows, sep="_").to_csv(folder / "comparisons.csv", index=False)
+        pd.json_normalize(rows, sep="_").to_csv(compared, index=False)
     printed = [{"task": p.task, "model": p.model, **p.figures, "inconsistent": p.inconsistent,
                 **dict(zip(("auc", "auc_low", "auc_high"), p.auc or (), strict=False))} for p in PUBLISHED]  # fmt: skip
     pd.DataFrame(printed).to_csv(folder / "published.csv", index=False)
@@ -252,7 +120,8 @@ def _charts(task: str, results: Sequence[TaskResult], models: Sequence[str]) -> 
 
 
 def _plain(result: TaskResult) -> dict[str, Any]:
-    return {name: value for name, value in asdict(result).items() if name not in ("y", "score")}
+    values = {name: value for name, value in asdict(result).items() if name not in ("y", "score")}
+    return {**values, "against_chance": result.against_chance}
 
 
 # --- files ---
@@ -291,16 +160,25 @@ def _demand_one_recipe(tables: Mapping[Path, pd.DataFrame]) -> None:
 
 
 def _differences(runs: Sequence[Path]) -> list[str]:
-    """Keys of the recipes, where they are kept, that have several values."""
+    """Keys of the recipes, and `corpus`, that have several values where they are kept."""
     settings = [_settings(run) for run in runs if (Path(run) / "recipe.yaml").is_file()]
-    return [key for key in sorted({*chain(*settings)}) if len({str(one.get(key)) for one in settings}) > 1]
+    differ = [key for key in sorted({*chain(*settings)}) if len({str(one.get(key)) for one in settings}) > 1]
+    return differ if len(_corpora(runs)) < 2 else ["corpus", *differ]
 
 
 def _settings(run: Path) -> dict[str, Any]:
     """What of a run's recipe makes its model, by dotted key."""
     tree = read_mapping(Path(run) / "recipe.yaml", "Copy it again, or move it away", yaml.safe_load)
     (flat,) = pd.json_normalize({name: tree.get(name) for name in ("model", "data")}).to_dict("records")
+    flat |= {"data.labels": Path(str(flat.get("data.labels"))).name}  # its folder may be a disk of the run's own, too
     return {str(key): value for key, value in flat.items() if key not in NO_PART_OF_A_MODEL}
+
+
+def _corpora(runs: Sequence[Path]) -> set[str]:
+    """Identities of what the runs were trained on, as far as they tell."""
+    configs = [Path(run) / "encoder" / "config.json" for run in runs]
+    told = [read_mapping(path, "Copy it again, or move it away").get("corpus") for path in configs if path.is_file()]
+    return {str(identity) for identity in told if identity is not None}
 
 
 def _no_predictions(path: Path) -> Problem:

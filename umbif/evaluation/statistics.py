@@ -7,7 +7,7 @@ out-of-fold scores these intervals cover too rarely. Proportions that have no ex
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -81,33 +81,6 @@ class Calibration:
     intercept: Estimate
     slope: Estimate
     ece: float
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """All that a table or figure needs about one model on one task."""
-
-    task: str
-    model: str
-    positive: str
-    num_exams: int
-    num_persons: int
-    num_positive: int
-    prevalence: float
-    threshold: float
-    auc: Estimate
-    auc_bootstrap: Bootstrap
-    p_chance: float
-    p_holm: float
-    measures: Measures
-    baseline: float
-    p_baseline: float
-    calibration: Calibration
-    few: bool
-    pooled: bool
-    num_fits: int  # whose scores of an exam are averaged
-    y: NDArray[np.int64] = field(repr=False, compare=False)
-    score: Floats = field(repr=False, compare=False)
 
 
 # --- AUC ---
@@ -226,6 +199,22 @@ def person_bootstrap(frame: pd.DataFrame, statistic: Statistic, num: int = 2000,
 
 def weighted_auc(frame: pd.DataFrame, weights: Weights, score: str = "score") -> Floats:
     """AUC of column `score` against `y` in every resample at once, shape (num,)."""
+    return _share(*_wins_and_pairs(frame, weights, score))
+
+
+def within_auc(frame: pd.DataFrame, weights: Weights) -> Floats:
+    """`weighted_auc` of the pairs of one `dataset` alone: knowing which data set an exam is of wins none of them.
+
+    Each data set weighs what it has of such pairs; one with a single class has none.
+    """
+    datasets = frame["dataset"].to_numpy()
+    parts = [np.flatnonzero(datasets == name) for name in np.unique(datasets)]
+    each = [_wins_and_pairs(frame.iloc[part], weights[:, part], "score") for part in parts]
+    return _share(*np.sum(each, axis=0))
+
+
+def _wins_and_pairs(frame: pd.DataFrame, weights: Weights, score: str) -> tuple[Floats, Weights]:
+    """Pairs of a positive and a negative exam, and those of them that are in order, ties counting half; (num,) each."""
     values = frame[score].to_numpy(float)
     order = np.argsort(values, kind="stable")
     starts = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # tied scores form one group
@@ -233,16 +222,18 @@ def weighted_auc(frame: pd.DataFrame, weights: Weights, score: str = "score") ->
     drawn = weights[:, order]
     above = np.add.reduceat(drawn * positive, starts, axis=1)
     below = np.add.reduceat(drawn * ~positive, starts, axis=1)
-    pairs = above.sum(axis=1) * below.sum(axis=1)
     wins = (above * (below.cumsum(axis=1) - below / 2)).sum(axis=1)
-    return np.divide(wins, pairs, out=np.full(len(pairs), NAN), where=pairs > 0)
+    return wins, above.sum(axis=1) * below.sum(axis=1)
+
+
+def _share(part: Floats, whole: NDArray) -> Floats:
+    return np.divide(part, whole, out=np.full(len(whole), NAN), where=whole > 0)
 
 
 def weighted_f1(frame: pd.DataFrame, weights: Weights) -> Floats:
     """F1 of column `call` against `y` in every resample at once, shape (num,)."""
     y, call = frame["y"].to_numpy() == 1, frame["call"].to_numpy() == 1
-    right, named = weights @ (y & call), weights @ (y.astype(int) + call.astype(int))
-    return np.divide(2 * right, named, out=np.full(len(named), NAN), where=named > 0)
+    return _share(2 * (weights @ (y & call)), weights @ (y.astype(int) + call.astype(int)))
 
 
 # --- calls at a threshold ---
