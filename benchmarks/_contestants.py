@@ -157,7 +157,7 @@ def _umbif(key: str, name: str, module: UMBIF, exams: Exams) -> Contestant:
     optimizer = module.configure_optimizers()["optimizer"]
 
     def guard() -> None:
-        module.guard(module, optimizer)
+        module.guard.clip_or_drop(module, optimizer)
         module.settle()
 
     blocks = [part for part in module.modules() if isinstance(part, Block | CrossBlock)]

@@ -70,7 +70,7 @@ def guard_of_rank(rank: int, folder: Path) -> None:
     guard.batches.append((losses, torch.tensor([2 * rank, 2 * rank + 1]), torch.tensor([40 + rank, 50 + rank])))
     layer.global_step = 7
     try:
-        guard(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
+        guard.clip_or_drop(layer, torch.optim.SGD(layer.parameters(), lr=1.0))
         said = ""
     except UmbifError as error:
         said = str(error)

@@ -86,6 +86,6 @@ def train_once(module: UMBIF, optimizer: torch.optim.Optimizer, exams: Exams) ->
     """What Lightning does for a step."""
     optimizer.zero_grad()
     module.losses(exams).total.mean().backward()
-    module.guard(module, optimizer)
+    module.guard.clip_or_drop(module, optimizer)
     optimizer.step()
     module.settle()

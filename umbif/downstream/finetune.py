@@ -179,7 +179,7 @@ class FineTune(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """See `Guard`."""
-        self.log("train/gradient_norm", self.guard(self, optimizer))
+        self.log("train/gradient_norm", self.guard.clip_or_drop(self, optimizer))
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Fused AdamW with a smaller rate for each layer further from the head."""

@@ -45,7 +45,7 @@ class Guard:
         """Remembers what each exam of a micro-batch (B,) added, to name it if the step breaks."""
         self.batches.append((losses.detach(), exams.slot, exams.exam))
 
-    def __call__(self, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
+    def clip_or_drop(self, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clips, or drops the gradient so that the optimiser has nothing to step on; returns the norm.
 
         Raises:

@@ -42,6 +42,9 @@ LR_EXAMS = 256  # exams of a step that a learning rate is given for (Goyal et al
 class UMBIF(pl.LightningModule):
     """Pretrains an encoder.
 
+    A step: `losses` of each micro-batch, of which the guard notes what each exam added; backward; the guard clips the
+    gradient or drops it; the optimiser; and, where nothing was dropped, queue and moving average follow (`settle`).
+
     Args:
         encoder: ViT3D; or CNN3D, which trains by contrast alone.
         masking: What is hidden and what is predicted.
@@ -194,7 +197,7 @@ class UMBIF(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clips here and not in the Trainer, which refuses to clip for fused AdamW under bf16-mixed."""
-        self.log("train/gradient_norm", self.guard(self, optimizer))
+        self.log("train/gradient_norm", self.guard.clip_or_drop(self, optimizer))
         self.log("train/lr", max(group["lr"] for group in optimizer.param_groups))
 
     def configure_optimizers(self) -> dict[str, Any]:
