@@ -13,7 +13,15 @@ from umbif.errors import UsageError
 from umbif.pretrain.masking import COLUMNS, PLACES, TOKENS, Masking
 from umbif.stream.augment import BIAS, CURVE, FLIP, SCALE, Augmentation
 from umbif.stream.exams import SEQUENCES, CropDataset, Exams, WholeBrainDataset, collate, person_codes, read_view
-from umbif.stream.modules import Position, PretrainData, SlotBatches, affordable_workers, data_loader, exams_of_split
+from umbif.stream.modules import (
+    Position,
+    PretrainData,
+    SlotBatches,
+    affordable_workers,
+    data_loader,
+    exams_of_split,
+    killed,
+)
 from umbif.stream.order import View, draw_views, exam_of_slot, slots_of_rank
 from umbif.stream.patches import MIN_BRAIN, Patches, PatchGrid, choose, gather, patch_grid, scatter
 from umbif.stream.philox import philox, uniform
@@ -544,6 +552,31 @@ def test_validation_takes_what_is_held_out_also_where_it_is_less_than_a_batch(co
 def test_reading_processes_are_as_many_as_the_memory_holds(monkeypatch, free_gib, processes, cache_gib, expected):
     wanted = {"batch_bytes": 2**30, "num_processes": processes, "cache_bytes": cache_gib * 2**30}
     monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: free_gib * 2**30)
+    monkeypatch.setattr("umbif.stream.modules.shared_memory_bytes", lambda: None)
     assert affordable_workers(8, **wanted) == expected
     monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: None)
     assert affordable_workers(8, **wanted) == 8
+
+
+@pytest.mark.parametrize(
+    ("shared_gib", "processes", "expected", "said"),
+    [(0.0625, 1, 0, "/dev/shm"), (10, 1, 3, "/dev/shm"), (10, 2, 1, "/dev/shm"), (100, 1, 6, "40 GiB are free")],
+)
+def test_reading_processes_are_as_many_as_shared_memory_holds_and_the_warning_names_what_is_short(
+    monkeypatch, caplog, shared_gib, processes, expected, said
+):
+    monkeypatch.setattr("umbif.stream.modules.available_memory_bytes", lambda: 40 * 2**30 * processes)
+    monkeypatch.setattr("umbif.stream.modules.shared_memory_bytes", lambda: shared_gib * 2**30)
+    assert affordable_workers(8, batch_bytes=2**30, num_processes=processes, cache_bytes=0) == expected
+    assert said in caplog.text
+    assert ("--shm-size" in caplog.text) == ("shm" in said)
+
+
+def test_a_reading_process_that_was_killed_is_told_with_what_ran_out():
+    bus = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+    after = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    assert "lower data.num_workers" in str(killed(after))
+    after.__cause__ = bus
+    assert "--shm-size" in str(killed(bus))
+    assert "--shm-size" in str(killed(after))
+    assert killed(RuntimeError("something else")) is None

@@ -2,14 +2,18 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from umbif.fit import check_together, known_people, refuse_wrong
+from umbif.hardware import Asked, missing, slow_precision
 from umbif.quiet import quiet
 from umbif.recipe import Recipe
 from umbif.recipe_check import Built, build, construct
+from umbif.stream.exams import Exams
+from umbif.stream.modules import killed
 
 
 def check_recipe(recipe: Recipe) -> str:
@@ -29,8 +33,9 @@ def check_recipe(recipe: Recipe) -> str:
     check_together(built)
     parameters = count(built.model.parameters())
     encoder = count(built.model.encoder.parameters())
+    num_processes = Asked.of(built.trainer_args).num_processes or 1
     start = time.perf_counter()
-    batch = next(iter(built.data.train_dataloader()))
+    batch = first_batch(built.data, num_processes)
     read_s = time.perf_counter() - start
     sequences = batch.present.sum(1).float().mean().item()
     return "\n".join([
@@ -39,7 +44,8 @@ def check_recipe(recipe: Recipe) -> str:
         f"  starts from  {start_of(built)}",
         f"  corpus       {len(built.data.corpus)} exams at {built.data.corpus.spacing_mm:g} mm",
         f"  batch        {len(batch)} views of {' x '.join(map(str, batch.image.shape[2:]))} voxels, "
-        f"{sequences:.1f} sequences each, read in {read_s:.2f} s",
+        f"{sequences:.1f} sequences each, read in {read_s:.2f} s"
+        + (f"; on each of {num_processes} processes" if num_processes > 1 else ""),
         f"  hardware     {hardware(built.trainer_args)}",
         f"  run folder   {recipe.tree['run']['dir']}",
     ])  # fmt: skip
@@ -54,13 +60,28 @@ def start_of(built: Built) -> str:
 
 def hardware(trainer: Mapping[str, Any]) -> str:
     """What a recipe asks for; on the login node of a cluster it is not there, and that is no mistake."""
-    kind, wanted = str(trainer.get("accelerator", "auto")), trainer.get("devices", "auto")
-    nodes = trainer.get("num_nodes", 1)
-    asked = f"{wanted} x {kind}" + (f" on each of {nodes} nodes" if nodes != 1 else "")
-    there = torch.cuda.device_count()
-    if kind not in ("gpu", "cuda") or (isinstance(wanted, int) and wanted <= there):
-        return asked
-    return f"{asked}; this machine has {there or 'none'}: fit will need one that has"
+    asked = Asked.of(trainer)
+    lacking = missing(asked)
+    here = f"{asked}; {lacking}: fit will need one that has" if lacking else str(asked)
+    return ". ".join(filter(None, (here, slow_precision(trainer))))
+
+
+def first_batch(data: Any, num_processes: int) -> Exams:
+    """The share of the first of some processes, so that a recipe for many can be checked where there is room for one.
+
+    Raises:
+        UsageError: They cannot share the batch.
+        UmbifError: A reading process was killed.
+    """
+    if num_processes > 1:  # a stand-in for the Trainer, which cannot be built where its hardware is not
+        data.trainer = SimpleNamespace(global_rank=0, world_size=num_processes, num_devices=1)
+    try:
+        return next(iter(data.train_dataloader()))
+    except RuntimeError as error:
+        answer = killed(error)
+        if answer is None:
+            raise
+        raise answer from error
 
 
 def count(parameters: Iterable[torch.nn.Parameter]) -> int:

@@ -1,7 +1,6 @@
 """What `umbif fit` does: build, resume, train, export."""
 
 import logging
-import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from umbif.corpus.people import num_held_out
@@ -21,6 +21,7 @@ from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, ENCODER_CURE, seen_by
 from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
 from umbif.files import read_mapping, reading
+from umbif.hardware import Asked, hardware_problems, launcher, launcher_problems, slow_precision
 from umbif.machine import is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
@@ -32,12 +33,11 @@ from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
 from umbif.scale.metrics import MetricsCSV
 from umbif.scale.throughput import Throughput
-from umbif.stream.modules import SlotCounter
+from umbif.stream.modules import SlotCounter, killed
 
 log = logging.getLogger("umbif")
 PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")  # and how Lightning also spells them
-# How Lightning says that hardware, or a package for it, is not there; it raises the same errors for a wrong value.
-NOT_THERE = re.compile(r"your (?:system|machine)|backend found|requires a GPU|not supported|installed|Requirement")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 def fit(recipe: Recipe) -> Path:
@@ -162,10 +162,10 @@ def _in_plain_words(trainer: pl.Trainer, built: Built) -> Iterator[None]:
         ended = f"Ended by {by.name} at step {trainer.global_step}"
         raise Stopped(f"{ended}. The same command goes on from the last checkpoint.", by) from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        answer = killed(error)
+        if answer is None:
             raise
-        cure = "Most often the memory ran out: lower data.num_workers or data.global_batch_size"
-        raise UmbifError(f"A reading process was killed ({_last_line(error)}). {cure}.") from error
+        raise answer from error
 
 
 def _less_memory(built: Built) -> str:
@@ -186,18 +186,14 @@ def refuse_untaught(built: Built, num_steps: int, folder: Path) -> None:
         raise UmbifError(f"All {num_steps} steps were skipped; {folder / 'log.txt'} says why. Nothing was exported.")
 
 
-def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
-
-
 def check_together(built: Built) -> None:
     """Refuses what no part of a recipe can know alone, and what would go wrong without a word.
 
     Raises:
         UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, contrast has nothing
-            to match, or the precision is none of ours; all of them are named.
+            to match, or precision or strategy is none of ours; all of them are named.
     """
-    problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built)]
+    problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built), *strategy_problems(built)]
     if problems:
         raise UsageError(problems, str(built.data.corpus.folder))
 
@@ -241,12 +237,26 @@ def precision_problems(built: Built) -> Iterator[Problem]:
         yield Problem(f"trainer.precision must be {' or '.join(PRECISIONS[:2])}", str(precision))
 
 
+def strategy_problems(built: Built) -> Iterator[Problem]:
+    """Weights in shards: the gradient would be clipped by the norm of each shard, and checkpoints could not go on."""
+    strategy = built.trainer_args.get("strategy") or "auto"
+    if strategy not in STRATEGIES and type(strategy) is not DDPStrategy:
+        cure = "Weights in shards (FSDP, DeepSpeed) are to come"
+        yield Problem(f"trainer.strategy must be {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}", str(strategy), cure)
+
+
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:
     """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else.
 
     Raises:
-        UsageError: The recipe asks for hardware that is not there, or holds a value that Lightning does not take.
+        UsageError: The recipe asks for hardware that is not there or for other processes than were started, or holds
+            a value that Lightning does not take.
     """
+    asked = Asked.of(options)
+    if problems := [*hardware_problems(asked), *launcher_problems(asked)]:
+        raise UsageError(problems)
+    if is_leader() and (slow := slow_precision(options)):
+        log.warning(slow)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
         loggers = [MetricsCSV(folder, step_of(resume)), TensorBoardLogger(str(folder), "tensorboard", "")]
@@ -264,18 +274,17 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # else it adds one
             default_root_dir=str(folder),
             logger=loggers,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *launcher()],
             callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
         )
-    except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
+    except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(trainer_problem(error)) from error
 
 
 def trainer_problem(error: Exception) -> Problem:
-    """What Lightning would not build: for want of hardware, or for a value that means nothing."""
-    if NOT_THERE.search(str(error)):
-        cure = "Run it where that hardware is, or choose another part, such as hardware=cpu"
-        return Problem("this machine cannot do what trainer asks", one_line(error), cure)
+    """What Lightning would not build."""
+    if isinstance(error, ImportError):
+        return Problem("trainer needs a package that is not installed", one_line(error))
     return Problem("trainer holds a value that Lightning does not take", one_line(error))
 
 

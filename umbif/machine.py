@@ -3,6 +3,8 @@
 import os
 import platform
 import re
+import shutil
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,14 @@ from typing import Any
 from umbif import __version__
 
 MEMINFO = Path("/proc/meminfo")
+OWN_GROUPS = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+SHARED_MEMORY = Path("/dev/shm")  # where batches of reading processes wait; macOS has none
+# Limit, what is taken, and how memory.stat calls files that make way, for both versions of control groups.
+GROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse")
 
 
@@ -19,13 +29,33 @@ def num_cores() -> int:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that this process and its siblings may still take: of the machine, or of its control group if less."""
-    free = [_number(MEMINFO, r"MemAvailable:\s+(\d+) kB", 1024)]
-    limit = _number(Path("/sys/fs/cgroup/memory.max"), r"(\d+)", 1)
-    used = _number(Path("/sys/fs/cgroup/memory.current"), r"(\d+)", 1)
-    if limit is not None and used is not None:
-        free.append(max(0, limit - used))
+    """Memory that this process and its siblings may still take: of the machine, or of a control group if less."""
+    free = [_number(MEMINFO, r"MemAvailable:\s+(\d+) kB", 1024), *map(_left, _groups())]
     return min((number for number in free if number is not None), default=None)
+
+
+def shared_memory_bytes() -> int | None:
+    """What is free where processes hand each other tensors; None where that is no file system of its own."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+
+
+def _groups() -> Iterator[Path]:
+    """The control groups that this process is in, from its own up: a job's limit stands above those of its steps."""
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []
+    for _, kinds, path in (line.split(":", 2) for line in lines):
+        if kinds in ("", "memory"):  # version 2, which is one tree, or version 1
+            base = GROUPS / kinds
+            own = base / path.lstrip("/")
+            yield from (group for group in (own, *own.parents) if group.is_relative_to(base))
+
+
+def _left(group: Path) -> int | None:
+    """What its limit leaves. Cached files count as taken, and those that nobody has read lately make way."""
+    for limit_file, taken_file, files in GROUP_FILES:
+        limit, taken = _number(group / limit_file, r"(\d+)", 1), _number(group / taken_file, r"(\d+)", 1)
+        if limit is not None and taken is not None:
+            return max(0, limit - taken + (_number(group / "memory.stat", rf"(?m)^{files} (\d+)", 1) or 0))
+    return None
 
 
 def _number(path: Path, pattern: str, unit: int) -> int | None:

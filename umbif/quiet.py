@@ -19,6 +19,8 @@ HARMLESS = {
     r".*Total length of .* across ranks is zero.*": Warning,
     # Training is one endless epoch: there is no end of an epoch to aggregate over.
     r".*log_every_n_steps=\d+.*": UserWarning,
+    # Processes that a recipe asks for and srun did not start are refused; one alone needs no srun.
+    r".*The `srun` command is available.*": UserWarning,
 }
 CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed", "nilearn", "matplotlib")
 

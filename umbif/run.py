@@ -41,6 +41,7 @@ def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
         UmbifError: Another process is writing it.
     """
     if not is_leader():
+        _check_same(folder, recipe)  # as the leader does: left alone, they would wait for it
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)

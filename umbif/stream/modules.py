@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from umbif.corpus.people import people_of
 from umbif.corpus.shards import TUMOUR, Corpus
 from umbif.errors import Problem, UmbifError, UsageError
-from umbif.machine import available_memory_bytes
+from umbif.machine import SHARED_MEMORY, available_memory_bytes, shared_memory_bytes
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
 from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
@@ -25,6 +26,8 @@ from umbif.stream.order import Triple, slots_of_rank
 log = logging.getLogger("umbif")
 PREFETCHED = 2  # batches of each worker that wait
 MEMORY_SHARE = 0.6  # of what is free, for batches on the way
+SHARED_SHARE = 0.9  # of what is free in shared memory; the rest is for what processes tell each other
+SHARED_CURE = "Give a container more of it (--shm-size=16g, or --ipc=host), or set data.num_workers=0"
 VALIDATION_SEED = 2**31  # added to the stream's: validation views are the same at every validation
 
 
@@ -201,17 +204,39 @@ def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int, ca
         batch_bytes: Of one batch.
         num_processes: That share the memory and do the same.
         cache_bytes: What each worker keeps.
+
+    Returns:
+        The number, at least one where only the machine's memory is short: it may still do. None at all where shared
+        memory does not hold what one would hand over, which is certain to fail.
     """
-    available = available_memory_bytes()
-    if available is None:
-        return num_wanted
-    # Each has PREFETCHED batches on the way, and the one that it makes twice: as samples and as a batch.
-    of_each = batch_bytes * (PREFETCHED + 2) + cache_bytes
-    num = int(available * MEMORY_SHARE / num_processes / of_each)
-    if num < num_wanted:
-        said = f"each takes {of_each / 2**30:.1f} GiB and {available / 2**30:.0f} GiB are free"
-        log.warning("%d reading processes instead of data.num_workers=%d: %s", max(1, num), num_wanted, said)
-    return max(1, min(num, num_wanted))
+    bounds = [(num_wanted, "")]
+    free, shared = available_memory_bytes(), shared_memory_bytes()
+    if free is not None:
+        # Each has PREFETCHED batches on the way, and the one that it makes twice: as samples and as a batch.
+        of_each = batch_bytes * (PREFETCHED + 2) + cache_bytes
+        said = f"each takes {of_each / 2**30:.1f} GiB and {free / 2**30:.0f} GiB are free"
+        bounds.append((max(1, int(free * MEMORY_SHARE / num_processes / of_each)), said))
+    if shared is not None:
+        # Batches on the way lie there, and so do two that have arrived: those of this step and of the next.
+        room = shared * SHARED_SHARE / num_processes / batch_bytes - 2
+        said = f"each hands over {PREFETCHED} batches of {batch_bytes / 2**30:.2f} GiB in {SHARED_MEMORY}"
+        said += f" and {shared / 2**30:.2f} GiB are free there. {SHARED_CURE}"
+        bounds.append((max(0, int(room / PREFETCHED)), said))
+    num, why = min(bounds, key=itemgetter(0))
+    if why:
+        log.warning("%d reading processes instead of data.num_workers=%d: %s", num, num_wanted, why)
+    return num
+
+
+def killed(error: RuntimeError) -> UmbifError | None:
+    """What to say where the system has killed a reading process of a DataLoader; None for another error."""
+    said = str(error).strip()
+    if "DataLoader worker" not in said:
+        return None
+    cure = "Most often the memory ran out: lower data.num_workers or data.global_batch_size"
+    if "bus error" in f"{said} {error.__cause__}".lower():
+        cure = f"Shared memory ran out. {SHARED_CURE}"
+    return UmbifError(f"A reading process was killed ({said.splitlines()[-1]}). {cure}.")
 
 
 def exams_of_split(corpus: Corpus, split: str) -> npt.NDArray[np.int64]:
