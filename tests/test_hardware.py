@@ -202,6 +202,7 @@ def test_check_reads_the_share_of_one_process_and_refuses_a_batch_that_cannot_be
     said = check_recipe(tiny)
     assert "  batch        4 views of 16 x 16 x 16 voxels" in said  # two views of half of four exams
     assert "on each of 2 processes" in said
+    assert "  length       2 steps of 4 exams: 1.6 times each of 5" in said
     tiny.tree["data"]["global_batch_size"] = tiny.tree["model"]["global_batch_size"] = 5
     with pytest.raises(UsageError, match="global_batch_size=5 cannot be shared by 2 processes"):
         check_recipe(tiny)

@@ -43,12 +43,21 @@ def check_recipe(recipe: Recipe) -> str:
         f"  parameters   {parameters / 1e6:.2f} million, {encoder / 1e6:.2f} million of them in the encoder",
         f"  starts from  {start_of(built)}",
         f"  corpus       {len(built.data.corpus)} exams at {built.data.corpus.spacing_mm:g} mm",
+        f"  length       {length(built)}",
         f"  batch        {len(batch)} views of {' x '.join(map(str, batch.image.shape[2:]))} voxels, "
         f"{sequences:.1f} sequences each, read in {read_s:.2f} s"
         + (f"; on each of {num_processes} processes" if num_processes > 1 else ""),
         f"  hardware     {hardware(built.trainer_args)}",
         f"  run folder   {recipe.tree['run']['dir']}",
     ])  # fmt: skip
+
+
+def length(built: Built) -> str:
+    """Steps, and how often each exam comes: a small data set is soon known by heart."""
+    num_steps, micro_steps = built.trainer_args["max_steps"], built.trainer_args.get("accumulate_grad_batches") or 1
+    size, num_exams = built.data.global_batch_size * micro_steps, built.data.num_train_exams
+    passes = num_steps * size / num_exams
+    return f"{num_steps} steps of {size} exams: {passes:.{0 if passes >= 10 else 1}f} times each of {num_exams}"
 
 
 def start_of(built: Built) -> str:

@@ -81,6 +81,11 @@ class TaskData(pl.LightningDataModule):
         rows = self.parts[part]
         return WholeBrainDataset(self.corpus, rows, self.y[rows].astype(np.float32), seed)
 
+    @property
+    def num_train_exams(self) -> int:
+        """Exams that are learnt from."""
+        return len(self.parts["train"])
+
     def state_dict(self) -> dict[str, Any]:
         """See `Position.state`."""
         return self.position.state(self.corpus, self.people())

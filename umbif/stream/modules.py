@@ -114,6 +114,11 @@ class PretrainData(pl.LightningDataModule):
         batches = SlotBatches(0, batch_size, rank, world_size, num_exams // batch_size)
         return data_loader(self.dataset("test"), batches, num_workers=0)
 
+    @property
+    def num_train_exams(self) -> int:
+        """Exams that are learnt from."""
+        return len(self.exams("train"))
+
     def exams(self, split: str) -> npt.NDArray[np.int64]:
         """Rows of `corpus.exams` of one split that can be cropped as asked."""
         rows = exams_of_split(self.corpus, split)
