@@ -19,7 +19,7 @@ from torch.nn.functional import avg_pool3d
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.vit import ViT3D
 from umbif.fit import fit
-from umbif.recipe import Recipe, compose
+from umbif.recipe.compose import Recipe, compose
 from umbif.stream.patches import Patches
 
 RECIPE = "pretrain/umbif_tiny"

@@ -24,8 +24,8 @@ from torch.optim import AdamW, Optimizer
 from umbif.encoders.transformer import Block
 from umbif.pretrain.decoder import CrossBlock
 from umbif.pretrain.umbif import UMBIF
-from umbif.recipe import Recipe, compose
-from umbif.recipe_check import construct
+from umbif.recipe.build import construct
+from umbif.recipe.compose import Recipe, compose
 from umbif.stream.exams import NUMBERS, Exams
 
 VISIBLE_SHARE = 0.25  # of the patches, where architectures are equal

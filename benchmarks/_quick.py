@@ -20,7 +20,7 @@ from _tasks import Task
 from umbif.corpus.shards import Corpus
 from umbif.encoders.vit import ViT3D
 from umbif.fit import fit
-from umbif.recipe import compose
+from umbif.recipe.compose import compose
 
 Array = npt.NDArray[Any]
 NUM_UNLABELLED, NUM_CLINIC, NUM_STEPS, WARMUP = 64, 100, 600, 30

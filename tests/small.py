@@ -14,7 +14,8 @@ from umbif.pretrain.contrast import ContrastOptions
 from umbif.pretrain.decoder import DecoderShape
 from umbif.pretrain.masking import Masking
 from umbif.pretrain.umbif import UMBIF
-from umbif.recipe import Recipe, compose, list_recipes
+from umbif.recipe.compose import Recipe, compose
+from umbif.recipe.files import list_recipes
 from umbif.stream.augment import Augmentation
 from umbif.stream.exams import CropDataset, Exams, collate
 

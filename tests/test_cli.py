@@ -9,7 +9,8 @@ from filelock import FileLock
 
 from umbif import cli
 from umbif.check import hardware
-from umbif.recipe import compose, flat_copy
+from umbif.recipe.compose import compose
+from umbif.recipe.show import flat_copy
 
 FIT = ("fit", "pretrain/umbif_tiny")
 
@@ -204,7 +205,7 @@ def test_an_interrupted_command_says_so(
     def interrupted(group: str | None) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("umbif.recipe.list_recipes", interrupted)
+    monkeypatch.setattr("umbif.recipe.files.list_recipes", interrupted)
     code, _, err = run(["ls"], monkeypatch, capsys)
     assert code == 130
     assert "interrupted" in err

@@ -19,7 +19,8 @@ from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
 from umbif.errors import UmbifError, UsageError
 from umbif.fit import fit, known_people
-from umbif.recipe import compose, list_recipes
+from umbif.recipe.compose import compose
+from umbif.recipe.files import list_recipes
 from umbif.stream.modules import exams_of_split
 
 MUTANT = ("P2", "P3", "P6")  # one class; P1, P4 and P5 are the other

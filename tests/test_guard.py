@@ -15,7 +15,7 @@ from small import PRETRAINING, small_recipe, small_umbif, train_once, views
 from umbif.encoders.guard import NUM_BEFORE_SPIKES, Guard
 from umbif.errors import UmbifError
 from umbif.pretrain.contrast import ContrastOptions
-from umbif.recipe_check import build
+from umbif.recipe.build import build
 from umbif.stream.exams import Exams
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*self.log.*trainer", "ignore:.*isinstance.treespec.*")

@@ -16,7 +16,7 @@ from umbif.check import check_recipe
 from umbif.errors import UsageError
 from umbif.fit import fit, make_trainer
 from umbif.hardware import Asked, hardware_problems, launcher_problems, slow_precision
-from umbif.recipe import Recipe
+from umbif.recipe.compose import Recipe
 from umbif.run import open_run
 
 CPU = {"accelerator": "cpu", "devices": 1}

@@ -14,8 +14,8 @@ import typer
 
 from umbif import cli
 from umbif.corpus.phantom_lesions import STRENGTHS
-from umbif.recipe import compose
-from umbif.recipe_check import check
+from umbif.recipe.check import check
+from umbif.recipe.compose import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "umbif"

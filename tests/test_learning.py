@@ -15,7 +15,7 @@ from umbif.corpus.prepare import merge, prepare_corpus
 from umbif.corpus.preprocess import Preparation
 from umbif.corpus.shards import Corpus
 from umbif.quiet import quiet
-from umbif.recipe_check import build
+from umbif.recipe.build import build
 from umbif.stream.exams import CropDataset, Exams, collate
 
 REAL = ("BraTS2021_00006", "TCGA-FG-6692/atlas_bet")  # both have a tumour mask

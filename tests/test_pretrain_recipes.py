@@ -21,8 +21,8 @@ from umbif.encoders.weights import CONFIG, load_encoder_weights
 from umbif.fit import fit
 from umbif.pretrain.umbif import UMBIF
 from umbif.quiet import quiet
-from umbif.recipe import Recipe, compose
-from umbif.recipe_check import build
+from umbif.recipe.build import build
+from umbif.recipe.compose import Recipe, compose
 from umbif.stream.modules import SlotCounter
 
 MOCO = ["model.ema_decay=0.9", "model.contrast.queue_size=32"]

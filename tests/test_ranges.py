@@ -10,8 +10,9 @@ import pytest
 
 from umbif.corpus.preprocess import Preparation
 from umbif.errors import UsageError
-from umbif.recipe import compose
-from umbif.recipe_check import _import, check
+from umbif.recipe.check import check
+from umbif.recipe.classes import import_class
+from umbif.recipe.compose import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = sorted({
@@ -93,7 +94,7 @@ def test_percentiles_must_rise():
 
 @pytest.mark.parametrize("class_path", NAMED)
 def test_no_number_of_a_recipe_is_without_a_range(class_path):
-    assert without_a_range(_import(class_path)) == []
+    assert without_a_range(import_class(class_path)) == []
 
 
 def without_a_range(target: type) -> list[str]:

@@ -13,7 +13,7 @@ from umbif.corpus.prepare import merge, prepare_corpus
 from umbif.corpus.preprocess import Preparation
 from umbif.corpus.shards import TUMOUR, Corpus
 from umbif.fit import fit
-from umbif.recipe import compose
+from umbif.recipe.compose import compose
 
 EXAMS = ("BraTS2021_00006", "TCGA-FG-6692/atlas_bet", "TCGA-DU-7294/native_bet")
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from umbif import recipe as recipes
 from umbif.errors import UsageError
-from umbif.recipe import compose, find_recipe, flat_copy, list_recipes, read_tree, show
-from umbif.recipe_check import build, check, construct
+from umbif.recipe.build import build, construct
+from umbif.recipe.check import check
+from umbif.recipe.compose import compose, read_tree
+from umbif.recipe.files import find_recipe, list_recipes
+from umbif.recipe.show import flat_copy, show
 
 TOYS = """
 from dataclasses import dataclass
@@ -116,7 +118,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write(folder / "_parts/hardware/gpu.yaml", GPU)
     write(folder / "pretrain/tiny.yaml", TINY)
     write(folder / "prepare/one.yaml", "class_path: recipe_toys.Settings\nspacing_mm: 2\n")
-    monkeypatch.setattr(recipes, "recipe_roots", lambda: [folder])
+    monkeypatch.setattr("umbif.recipe.files.recipe_roots", lambda: [folder])
     return folder
 
 
@@ -316,7 +318,7 @@ def test_a_flat_copy_composes_to_the_original_and_keeps_what_people_wrote(root, 
 
 
 def test_composing_imports_neither_torch_nor_lightning():
-    code = "import sys, umbif.recipe, umbif.recipe_check as _; print({'torch', 'lightning'} & set(sys.modules))"
+    code = "import sys, umbif.recipe.compose, umbif.recipe.build as _; print({'torch', 'lightning'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

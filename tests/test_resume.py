@@ -21,7 +21,7 @@ from small import small_recipe
 from umbif.encoders.guard import Guard
 from umbif.errors import Stopped, UmbifError, UsageError
 from umbif.fit import fit
-from umbif.recipe import Recipe
+from umbif.recipe.compose import Recipe
 from umbif.stream.modules import Position, SlotCounter
 
 STEPS = 24

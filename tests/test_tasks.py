@@ -12,7 +12,7 @@ from umbif.downstream.finetune import youden_threshold
 from umbif.downstream.heads import ExtremesHead, HeadOptions
 from umbif.downstream.tasks import MISSING, BinaryLabel, split_rows, targets
 from umbif.errors import UsageError
-from umbif.recipe import compose
+from umbif.recipe.compose import compose
 
 UCSF, UPENN, TCGA = "UCSF-PDGM-metadata_v2.csv", "UPENN-GBM_clinical_info_v2.1.csv", "tcga_2021_who_labels.csv"
 

@@ -10,8 +10,8 @@ import torch
 from umbif.fit import check_together, known_people, refuse_wrong
 from umbif.hardware import Asked, missing, slow_precision
 from umbif.quiet import quiet
-from umbif.recipe import Recipe
-from umbif.recipe_check import Built, build, construct
+from umbif.recipe.build import Built, build, construct
+from umbif.recipe.compose import Recipe
 from umbif.stream.exams import Exams
 from umbif.stream.modules import killed
 

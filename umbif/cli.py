@@ -41,7 +41,8 @@ def ls(group: Annotated[str | None, typer.Argument(help="prepare, pretrain, fine
     """Lists the recipes."""
     from rich.table import Table
 
-    from umbif.recipe import compose, list_recipes
+    from umbif.recipe.compose import compose
+    from umbif.recipe.files import list_recipes
 
     names = list_recipes(group)
     table = Table(box=None, pad_edge=False)
@@ -58,8 +59,8 @@ def ls(group: Annotated[str | None, typer.Argument(help="prepare, pretrain, fine
 @app.command(epilog=example("umbif show pretrain/umbif_tiny", "umbif show pretrain/umbif_tiny hardware=1gpu"))
 def show(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Shows a recipe with everything filled in, and where each value comes from."""
-    from umbif.recipe import compose
-    from umbif.recipe import show as rendered
+    from umbif.recipe.compose import compose
+    from umbif.recipe.show import show as rendered
 
     print(rendered(compose(recipe, overrides or [])))
     following(typed("umbif", "check", recipe))
@@ -68,7 +69,7 @@ def show(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command(epilog=example("umbif cp pretrain/umbif_vitb mine.yaml", "umbif fit mine.yaml"))
 def cp(recipe: RecipeName, dest: Annotated[Path, typer.Argument(help="The new file.")]) -> None:
     """Copies a recipe into one file that depends on nothing else, to edit."""
-    from umbif.recipe import flat_copy
+    from umbif.recipe.show import flat_copy
 
     written = flat_copy(recipe, dest)
     print(f"Wrote {written}")
@@ -79,7 +80,7 @@ def cp(recipe: RecipeName, dest: Annotated[Path, typer.Argument(help="The new fi
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Finds what would fail, before it costs an hour: names, types, folders, one batch."""
     from umbif.check import check_recipe
-    from umbif.recipe import compose
+    from umbif.recipe.compose import compose
 
     composed = compose(recipe, overrides or [])
     print(check_recipe(composed))
@@ -138,8 +139,9 @@ def prepare(
     """Makes a corpus of a manifest: aligned, cropped, compressed, checked. Goes on where it stopped."""
     from umbif.corpus import prepare as engine
     from umbif.corpus.manifest import read_manifest
-    from umbif.recipe import compose, list_recipes
-    from umbif.recipe_check import construct
+    from umbif.recipe.build import construct
+    from umbif.recipe.compose import compose
+    from umbif.recipe.files import list_recipes
 
     composed = compose(recipe, overrides or [])
     if "class_path" not in composed.tree:
@@ -168,7 +170,7 @@ def prepare(
 def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Pretrains or fine-tunes. A run that was cut off goes on where it stopped; a finished one is left alone."""
     from umbif.fit import fit as run
-    from umbif.recipe import compose
+    from umbif.recipe.compose import compose
 
     composed = compose(recipe, overrides or [])
     folder = run(composed)
@@ -254,7 +256,7 @@ def typed(*words: object) -> str:
 
 def finetuning(pretraining: dict[str, Any], folder: Path) -> str:
     """The command that takes the encoder of a pretraining, whichever it is, to a task."""
-    from umbif.recipe import compose, encoder_part
+    from umbif.recipe.compose import compose, encoder_part
 
     part = encoder_part(pretraining)
     task = "demo/idh" if part is not None and part.endswith("_2mm") else "finetune/idh"

@@ -16,8 +16,8 @@ from umbif.evaluation.report import write_report
 from umbif.files import read_mapping, write_text
 from umbif.fit import fit
 from umbif.progress import console
-from umbif.recipe import compose
-from umbif.recipe_check import construct
+from umbif.recipe.build import construct
+from umbif.recipe.compose import compose
 
 NUM_EXAMS = 200
 TEST_FRACTION = 0.4  # of the people: with fewer the intervals would say nothing

@@ -26,8 +26,9 @@ from umbif.machine import is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
 from umbif.quiet import quiet
-from umbif.recipe import Recipe
-from umbif.recipe_check import Built, build, check, construct
+from umbif.recipe.build import Built, build, construct
+from umbif.recipe.check import check
+from umbif.recipe.compose import Recipe
 from umbif.run import open_run, write_provenance
 from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers

@@ -20,7 +20,7 @@ from umbif.errors import Problem, UmbifError, UsageError
 from umbif.files import naming, write_text
 from umbif.machine import environment, is_leader
 from umbif.progress import console
-from umbif.recipe import Recipe, read_tree
+from umbif.recipe.compose import Recipe, read_tree
 
 # What may differ when a run goes on: nothing of it enters the numbers. A corpus or a table may lie elsewhere; whether
 # they are the same is asked of them, and not of their paths.
