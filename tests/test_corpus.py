@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -10,6 +11,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import blosc2
 import nibabel as nib
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from filelock import FileLock
 from umbif.corpus import prepare, preprocess, shards
 from umbif.corpus.index import build_manifest
 from umbif.corpus.prepare import merge, parse_part, prepare_corpus
-from umbif.corpus.preprocess import Preparation, UnusableExam, is_finer, prepare_exam, quantise
+from umbif.corpus.preprocess import Preparation, UnusableExam, is_better, prepare_exam, quantise
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import BRAIN, TUMOUR, Corpus, ShardWriter, encode
 from umbif.errors import Stopped, UmbifError, UsageError
@@ -117,6 +119,26 @@ def test_different_grids_end_on_the_finest_one():
     t1, t2 = (intensities(exam.volumes[name]) for name in ("t1", "t2"))
     assert np.allclose(t1, fine[box_of(centre())], atol=0.01)  # not resampled: half a quantum is 0.005
     assert np.corrcoef(t1.ravel(), t2.ravel())[0, 1] > 0.99  # a shift of one voxel gives 0.9
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("finer", [1, 2])
+def test_a_sequence_that_shows_a_part_of_the_brain_cuts_no_other(finer, masked):
+    head = ellipsoid(np.int16)
+    part, affine = pixels(head[:, :, 6:16], finer)  # 60% of the brain
+    affine[2, 3] = 6
+    brain = volume((head > 0).astype(np.uint8)) if masked else None
+    exam = prepare_exam({"flair": volume(part, affine), "t1": volume(head)}, WHOLE, brain=brain)
+    assert exam.brain.sum() == (head > 0).sum()
+    assert np.array_equal(intensities(exam.volumes["t1"])[exam.brain > 0], head[head > 0])
+    assert set(exam.volumes) == {"flair", "t1"}
+
+
+def test_thick_slices_of_small_pixels_give_no_grid():
+    head = ellipsoid(np.int16)
+    thick, affine = thick_slices(head)
+    exam = prepare_exam({"t1ce": volume(thick, affine), "t1": volume(head)}, WHOLE, brain=volume(centre()))
+    assert np.array_equal(intensities(exam.volumes["t1"]), head[box_of(centre())])  # not resampled
 
 
 @pytest.mark.parametrize("spacing_mm", [2.0, 3.0])
@@ -240,8 +262,34 @@ def test_the_finer_of_two_volumes_of_one_sequence_is_kept_and_the_other_recorded
     }
 
 
-def test_equal_voxels_are_not_finer():
-    assert not is_finer(volume(ellipsoid(np.int16)), volume(ellipsoid(np.int16)))
+@pytest.mark.parametrize("brain", [None, "given"])
+def test_of_twins_the_one_that_holds_the_brain_is_kept_and_then_the_finer(brain):
+    head = ellipsoid(np.int16)
+    mask = volume((head > 0).astype(np.uint8)) if brain else None
+    whole, coarse = volume(head), volume(head[::2], np.diag([2.0, 1, 1, 1]))
+    slab, thick = volume(*pixels(head[:, :, :14], 3)), volume(*thick_slices(head))
+    for better, lesser in ((whole, slab), (whole, thick), (whole, coarse), (coarse, slab)):
+        assert is_better(better, lesser, mask)
+        assert not is_better(lesser, better, mask)
+    assert not is_better(whole, whole, mask)
+
+
+def test_a_second_mask_is_set_aside_and_replaces_nothing(tmp_path):
+    folder = tmp_path / "MASKS"
+    folder.mkdir()
+    save(folder / "P1_t1.nii.gz", ellipsoid(np.int16))
+    for number, (name, radius) in enumerate({"brain_mask": 0.3, "brainmask": 0.1, "seg": 0.2, "tumor": 0.05}.items()):
+        save(folder / f"P1_{name}.nii.gz", (ellipsoid(np.int16, radius) > 0).astype(np.uint8) * (number + 1))
+    rows = build_manifest([folder], num_workers=0).to_dict("records")
+    frames, bad = prepare._prepare_one(rows[::-1], WHOLE)
+    assert {(Path(row["path"]).name, row["reason"]) for row in bad} == {
+        ("P1_brainmask.nii.gz", "second_mask"),
+        ("P1_tumor.nii.gz", "second_mask"),
+    }
+    assert "another tumour mask" in bad[1]["detail"]
+    found = {row["name"]: blosc2.ndarray_from_cframe(frame)[...] for row, frame in frames}
+    assert found[BRAIN].sum() == (ellipsoid(np.int16, 0.3) > 0).sum()
+    assert found[TUMOUR].sum() == (ellipsoid(np.int16, 0.2) > 0).sum()
 
 
 def test_the_corpus_holds_what_the_files_hold(corpus, manifest):
@@ -441,6 +489,33 @@ def test_exams_whose_shard_is_gone_or_cut_are_prepared_anew(
     assert contents(Corpus(tmp_path)) == contents(corpus)
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_shards_that_are_gone_or_cut_are_named_when_a_corpus_is_opened_and_nothing_is_published(
+    corpus, manifest, preparation, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setattr(prepare, "SHARD_BYTES", 1)  # one exam a shard
+    for part in ((1, 2), (2, 2)):
+        prepare_corpus(manifest, tmp_path, preparation, part=part, num_workers=0)
+    merge(manifest, tmp_path)
+    lost = sorted((tmp_path / "shards").glob("*.shard"))[3:5]
+    for shard in lost:
+        shard.unlink() if damage == "gone" else os.truncate(shard, shard.stat().st_size - 1)
+    names = ", ".join(shard.name for shard in lost)
+    with pytest.raises(UsageError, match=rf"2 of 8 shards are gone or cut: got {names} in .*umbif prepare"):
+        Corpus(tmp_path)
+    with pytest.raises(UmbifError, match=r"2 of 8 exams .* gone or cut"):
+        merge(manifest, tmp_path)
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)  # whatever the parts were
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+def test_reading_processes_do_not_look_for_all_shards_again(corpus, monkeypatch):
+    sent = pickle.dumps(corpus)
+    monkeypatch.setattr(shards, "incomplete", lambda *_: pytest.fail("each of hundreds of shards was asked for"))
+    assert len(pickle.loads(sent)) == len(corpus)
+
+
 def test_the_table_of_a_shard_that_is_damaged_is_named_and_comes_anew_once_deleted(
     corpus, manifest, preparation, tmp_path
 ):
@@ -477,6 +552,25 @@ def test_two_processes_make_the_same_corpus(corpus, manifest, preparation, tmp_p
     prepare_corpus(manifest, tmp_path, preparation, num_workers=2)
     merge(manifest, tmp_path)
     assert contents(Corpus(tmp_path)) == contents(corpus)
+
+
+def _dies_of_one_exam(files, how, prepare_one=prepare._prepare_one):
+    if files[0]["exam"].endswith("P6"):
+        os._exit(9)
+    return prepare_one(files, how)
+
+
+def test_an_exam_that_kills_its_process_costs_itself_alone_and_is_tried_again(
+    corpus, manifest, preparation, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as short:
+        short.setattr(prepare, "_prepare_one", _dies_of_one_exam)
+        prepare_corpus(manifest, tmp_path, preparation, num_workers=1)
+        assert "Quarantined: 1 × reader_crashed" in merge(manifest, tmp_path)
+        assert len(Corpus(tmp_path)) == 7
+    prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
+    merge(manifest, tmp_path)
+    assert contents(Corpus(tmp_path))[1] == contents(corpus)[1]
 
 
 def test_a_folder_of_another_recipe_or_manifest_is_refused(corpus, manifest, preparation):
@@ -602,8 +696,6 @@ def test_as_many_volumes_are_kept_as_memory_was_given_for_and_they_read_the_same
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 130, 33), (97, 31, 2)])
 @pytest.mark.parametrize("dtype", [np.int16, np.uint8])
 def test_frames_of_any_shape_come_back(shape, dtype):
-    import blosc2
-
     array = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
     assert np.array_equal(blosc2.ndarray_from_cframe(encode(array))[...], array)
 
@@ -636,6 +728,20 @@ def waves(affine, shape) -> np.ndarray:
     index = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"))
     x, y, z = np.einsum("ij,jxyz->ixyz", affine[:3, :3], index) + affine[:3, 3][:, None, None, None]
     return (500 + 100 * np.sin(x / 3) + 100 * np.cos(y / 4) + 100 * np.sin((y + z) / 5)).astype(np.float32)
+
+
+def pixels(head, finer: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same head in as many times smaller pixels along X and Y, and its affine."""
+    affine = np.diag([1 / finer, 1 / finer, 1.0, 1.0])
+    affine[:2, 3] = (1 / finer - 1) / 2
+    return head.repeat(finer, axis=0).repeat(finer, axis=1), affine
+
+
+def thick_slices(head) -> tuple[np.ndarray, np.ndarray]:
+    """The head in voxels of 0.25 x 0.25 x 3 mm, and their affine."""
+    fine, affine = pixels(head, 4)
+    affine[2] = 0, 0, 3, 1.4
+    return fine[:, :, 1::3], affine
 
 
 def centre() -> np.ndarray:

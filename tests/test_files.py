@@ -20,6 +20,7 @@ from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, WEIGHTS, load_encoder_weights, read_config, save_encoder, write_tensors
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.evaluation.report import write_report
+from umbif.files import whole
 from umbif.fit import finished_steps, fit
 from umbif.pretrain.run_page import write_run_page
 from umbif.scale.metrics import MetricsCSV
@@ -249,6 +250,14 @@ def test_a_full_disk_leaves_the_earlier_file_as_it_was(manifest: pd.DataFrame, t
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_machines_that_share_a_disk_never_write_into_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # the first process of a container has a small number in each
+    with whole(tmp_path / "table") as ours, whole(tmp_path / "table") as theirs:
+        ours.write_text("ours")
+        theirs.write_text("theirs")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("table", "ours")]
+
+
 def test_an_encoder_that_finds_no_room_is_told(tmp_path: Path) -> None:
     with no_room(2000), pytest.raises(UmbifError, match=r"x\.safetensors could not be written: .*File too large"):
         write_tensors({"a": torch.zeros(10000)}, tmp_path / "x.safetensors")
@@ -267,6 +276,6 @@ def test_an_error_that_is_not_of_files_keeps_its_traceback(monkeypatch: pytest.M
     def broken(group: str | None) -> None:
         raise OSError("libcuda.so: cannot open shared object file")
 
-    monkeypatch.setattr("umbif.recipe.list_recipes", broken)
+    monkeypatch.setattr("umbif.recipe.files.list_recipes", broken)
     with pytest.raises(OSError, match="libcuda"):
         answer(["ls"])

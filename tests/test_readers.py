@@ -282,6 +282,24 @@ def test_flags_say_what_people_should_know(path):
     np.testing.assert_array_equal(read_volume(path).data, brain())
 
 
+def ball(cut: int, size: int = 48, turn: int = 0, padding: int = 6) -> np.ndarray:
+    """Noise in a ball of `size` voxels without its last planes, in a larger array of zeros."""
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, size + 2)[1:-1]] * 3, indexing="ij")
+    inside = (x**2 + y**2 + z**2 < 1)[:, :, : size - cut]
+    noise = np.random.default_rng(0).integers(50, 120, inside.shape).astype(np.int16)
+    return np.pad(np.moveaxis(inside * noise, 2, turn), padding)
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_a_head_that_is_padded_is_not_taken_for_stripped_without_a_word(path, turn):
+    for cut, size, flags in ((8, 48, ("flat_cut",)), (0, 48, ()), (0, 32, ()), (4, 24, ())):
+        for data in (ball(cut, size, turn), ball(cut, size, turn)[::-1, ::-1, ::-1]):
+            path.write_bytes(nifti(data))
+            assert read_volume(path).flags == flags, (cut, size)
+    path.write_bytes(nifti((ball(8, turn=turn) > 0).astype(np.uint8)))
+    assert read_volume(path, mask=True).flags == ()
+
+
 BAD = {
     "TCGA-DU-7294/broken/TCGA-DU-7294_flair_allzero.nii.gz": "constant",
     "derived/dev/corrupt_crc.nii.gz": "corrupt_gzip",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from umbif.errors import Problem, UmbifError, UsageError, nearest, one_line
@@ -80,7 +81,7 @@ def read_parquet(path: Path, cure: str, columns: Sequence[str] = ()) -> "pd.Data
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Gives a path to write to. The file takes its name once its bytes are on the disk: it is whole or not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    aside = path.with_name(f".{path.name}.{token_hex(4)}.writing")  # containers share numbers of processes, and disks
     try:
         with naming(path):
             yield aside

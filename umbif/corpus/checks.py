@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbif.corpus.folders import Found
+from umbif.corpus.outline import bounding_box
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 
 if TYPE_CHECKING:
@@ -74,14 +75,9 @@ def _perceptual_hash(values: np.ndarray) -> str:
     values = values[::step, ::step, ::step]
     low, high = np.percentile(values, [1, 99])  # not the minimum: interpolation leaves a few voxels far below zero
     foreground = values > low + FOREGROUND * (high - low)
-    box = tuple(_extent(foreground, axis) for axis in range(3))
+    box = bounding_box(foreground)
     means = _block_means(values[box], foreground[box])
     return np.packbits(means > np.nanmedian(means)).tobytes().hex()
-
-
-def _extent(foreground: np.ndarray, axis: int) -> slice:
-    where = np.flatnonzero(foreground.any(axis=tuple({0, 1, 2} - {axis})))
-    return slice(int(where[0]), int(where[-1]) + 1) if len(where) else slice(None)
 
 
 def _block_means(values: np.ndarray, foreground: np.ndarray) -> np.ndarray:

@@ -2,9 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from umbif.corpus.manifest import (
     label_problems,
     place_problems,
 )
+from umbif.corpus.processes import each
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import num_cores
 from umbif.progress import track
@@ -133,51 +131,9 @@ def _quarantine(table: pd.DataFrame) -> list[str]:
 def _inspect_all(
     found: Sequence[Found], num_workers: int, inspect_one: Callable[[Found], Row] = inspect
 ) -> Iterator[Row]:
-    """Rows in the order of completion. Files that were being read when a process died are read again, each alone."""
-    if num_workers == 0:
-        yield from map(inspect_one, found)
-        return
-    todo = list(reversed(found))
-    while todo:
-        suspects: list[Found] = []
-        with _pool(num_workers) as pool:
-            yield from _run(pool, todo, suspects, num_workers, inspect_one)
-        for suspect in suspects:
-            yield _alone(suspect, inspect_one)
+    """Rows in the order of completion."""
+    return (row for _, row in each(inspect_one, found, num_workers, _crashed))
 
 
-def _run(
-    pool: ProcessPoolExecutor, todo: list[Found], suspects: list[Found], num_workers: int,
-    inspect_one: Callable[[Found], Row],
-) -> Iterator[Row]:  # fmt: skip
-    """Takes from `todo` until it is empty or the pool breaks; then those under way are in `suspects`."""
-    running: dict[Future[Row], Found] = {}
-    while (todo and not suspects) or running:
-        while todo and not suspects and len(running) < num_workers:  # few at a time: memory, and few suspects
-            item = todo.pop()
-            try:
-                running[pool.submit(inspect_one, item)] = item
-            except BrokenProcessPool:
-                suspects.append(item)
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            item = running.pop(future)
-            try:
-                row = future.result()
-            except BrokenProcessPool:
-                suspects.append(item)
-            else:
-                yield row
-
-
-def _alone(item: Found, inspect_one: Callable[[Found], Row]) -> Row:
-    with _pool(1) as pool:
-        try:
-            return pool.submit(inspect_one, item).result()
-        except BrokenProcessPool:
-            return quarantined(item, "reader_crashed", CRASHED)
-
-
-def _pool(num_workers: int) -> ProcessPoolExecutor:
-    """Never forked: a process that has started threads cannot be copied safely."""
-    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
-    return ProcessPoolExecutor(num_workers, get_context(method))
+def _crashed(item: Found) -> Row:
+    return quarantined(item, "reader_crashed", CRASHED)

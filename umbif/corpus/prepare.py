@@ -4,14 +4,11 @@ import hashlib
 import json
 import signal
 import threading
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +18,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from umbif.corpus.manifest import SCHEMA, label_columns
-from umbif.corpus.preprocess import MIN_COVERED, Preparation, PreparedExam, UnusableExam, is_finer, prepare_exam
+from umbif.corpus.preprocess import MIN_COVERED, Preparation, PreparedExam, UnusableExam, is_better, prepare_exam
+from umbif.corpus.processes import each
 from umbif.corpus.readers import BadVolume, Volume, read_volume
-from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode
+from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode, incomplete
 from umbif.errors import Problem, Stopped, UmbifError, UsageError
 from umbif.files import naming, read_mapping, read_parquet, reading, whole, write_text
 from umbif.machine import num_cores
@@ -31,7 +29,10 @@ from umbif.progress import track
 
 SHARD_BYTES = 2**30
 TABLE_CURE = "Delete it and give the same umbif prepare command again (every --part): its exams are prepared anew"
-UNREADABLE = "unreadable"  # the reason of a file that the system would not read
+TRIED_AGAIN = ("unreadable", "reader_crashed")  # reasons that lie with the system, and may be gone by the next time
+CRASHED = "The process that prepared the exam died, mostly for lack of memory. Try again on a machine with more."
+SECOND_MASK = "The exam has another {}; the first path is kept. Remove the one that is not meant, and index again."
+TWIN = "The exam has this sequence twice; kept is what holds more of the brain, and of two that hold it the finer one."
 OWN_COLUMNS = ("affine", *LOOKED_UP)  # of an index, beside those of a manifest
 Row = dict[str, Any]
 Result = tuple[list[tuple[Row, bytes]], list[Row]]  # frames of an exam, and what was set aside
@@ -64,12 +65,13 @@ def prepare_corpus(
     exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
     stem = f"{part[0]:05d}-of-{part[1]:05d}"
     with naming(out), _held(out, stem), _stoppable():
-        _remove_unusable(out / "shards", stem)
+        _remove_leftovers(out / "shards", stem)
         before = _prepared(out)
-        done = {*before["exam"]} - {*before["exam"][before["reason"] == UNREADABLE]}  # a disk may have been away
-        todo = [exam for exam in exams if exam[0] not in done]
-        results = track(_in_processes([(rows, how) for _, rows in todo], num_workers), "Preparing exams", len(todo))
-        _write_shards(_gains(results, [exam for exam, _ in todo], before), out / "shards", stem)
+        done = {*before["exam"]} - {*before["exam"][before["reason"].isin(TRIED_AGAIN)]}
+        todo = [files for exam, files in exams if exam not in done]
+        num_workers = min(num_cores() if num_workers is None else num_workers, len(todo))
+        results = each(partial(_prepare_one, how=how), todo, num_workers, _crashed, _one_thread)
+        _write_shards(_gains(track(results, "Preparing exams", len(todo)), before), out / "shards", stem)
 
 
 def merge(manifest: pd.DataFrame, out: Path) -> str:
@@ -78,14 +80,14 @@ def merge(manifest: pd.DataFrame, out: Path) -> str:
     Persons, split and labels are those of the manifest as it is now: they may have changed since the voxels were read.
 
     Raises:
-        UmbifError: Exams of the manifest are in no part.
+        UmbifError: Exams of the manifest are in no part, or in a shard that is gone or cut.
     """
     rows = _prepared(out)
     missing = {*_usable(manifest)["exam"]} - {*rows["exam"]}
     if missing:
         raise UmbifError(
-            f"{len(missing)} of {manifest['exam'].nunique()} exams have not been prepared; nothing was published. "
-            "Run the same umbif prepare command again (every --part of it), then --merge."
+            f"{len(missing)} of {manifest['exam'].nunique()} exams have not been prepared, or their shard is gone or "
+            "cut; nothing was published. Run the same umbif prepare command again (every --part of it), then --merge."
         )
     good = rows[rows["status"] == "ok"].drop(columns=["status", "reason", "detail"])
     if good.empty:
@@ -171,25 +173,21 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _remove_unusable(shards: Path, stem: str) -> None:
-    """What this part was writing when it was cut off, and tables whose shard is gone or cut: their exams come anew."""
+def _remove_leftovers(shards: Path, stem: str) -> None:
+    """What this part was writing when it was cut off."""
     for leftover in shards.glob(f".{stem}_*.writing"):
         leftover.unlink()
-    for path in shards.glob(f"{stem}_*.parquet"):
-        shard, rows = path.with_suffix(".shard"), _table(path)
-        if "byte_offset" not in rows:
-            continue  # nothing but what was quarantined
-        if not shard.exists() or shard.stat().st_size < (rows["byte_offset"] + rows["byte_length"]).max():
-            path.unlink()
 
 
 def _prepared(out: Path) -> pd.DataFrame:
-    """The rows of all shards; of an exam that was tried twice, those with the most frames, then the newest."""
-    paths = sorted((out / "shards").glob("*.parquet"))
+    """The rows of all whole shards; of an exam that was tried twice, those with the most frames, then the newest."""
+    paths = sorted((out / "shards").glob("*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     if not paths:
         return pd.DataFrame({"exam": [], "status": [], "reason": []})
-    ages = sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))  # names count parts, not tries
-    rows = pd.concat([_table(path).assign(age=ages.index(path)) for path in paths])
+    rows = pd.concat([_table(path).assign(age=age) for age, path in enumerate(paths)])  # names count parts, not tries
+    if "shard" in rows:  # otherwise there is nothing but what was quarantined
+        lost = rows.loc[rows["shard"].isin(incomplete(out, rows)), "age"]
+        rows = rows[~rows["age"].isin(lost)]
     tries = (rows["status"] == "ok").groupby([rows["exam"], rows["age"]]).sum().reset_index(name="num_frames")
     best = tries.sort_values(["num_frames", "age"]).drop_duplicates("exam", keep="last")
     return rows.merge(best[["exam", "age"]]).drop(columns="age")
@@ -200,12 +198,12 @@ def _table(path: Path) -> pd.DataFrame:
     return read_parquet(path, TABLE_CURE, ("exam", "status", "reason"))
 
 
-def _gains(results: Iterable[Result], exams: list[str], before: pd.DataFrame) -> Iterator[Result]:
+def _gains(results: Iterable[tuple[list[Row], Result]], before: pd.DataFrame) -> Iterator[Result]:
     """Passes over an exam that was tried again in vain: else each try would leave its bytes in a new shard."""
     num_before = (before["status"] == "ok").groupby(before["exam"]).sum().to_dict()
-    for exam, (frames, bad) in zip(exams, results, strict=True):
-        settled = all(row["reason"] != UNREADABLE for row in bad)
-        if (len(frames), settled) > (num_before.get(exam, -1), False):
+    for files, (frames, bad) in results:
+        settled = all(row["reason"] not in TRIED_AGAIN for row in bad)
+        if (len(frames), settled) > (num_before.get(files[0]["exam"], -1), False):
             yield frames, bad
 
 
@@ -217,66 +215,21 @@ def _as_known_now(good: pd.DataFrame, manifest: pd.DataFrame) -> pd.DataFrame:
     return good.drop(columns=before).assign(**fresh)
 
 
-def _in_processes(jobs: list[tuple[list[Row], Preparation]], num_workers: int | None) -> Iterator[Result]:
-    """Results in the order of the jobs, with a bounded number in flight so that memory stays bounded."""
-    if num_workers == 0 or len(jobs) <= 1:
-        yield from (_prepare_one(*job) for job in jobs)
-        return
-    num_workers = min(num_workers or num_cores(), len(jobs))
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_calm_worker) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(_prepare_one, *job))
-                if len(waiting) >= 2 * num_workers:
-                    yield _result(waiting.popleft())
-            while waiting:
-                yield _result(waiting.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what comes after an end
-
-
-def _result(future: "Future[Result]") -> Result:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise UmbifError(
-            "A worker process died, most likely for want of memory. What is prepared stays; "
-            "run the same command again with fewer --workers."
-        ) from error
-
-
-def _calm_worker() -> None:
+def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)  # the exams are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to all of them; the first one answers
 
 
-def _prepare_one(rows: list[Row], how: Preparation) -> Result:
+def _crashed(files: list[Row]) -> Result:
+    return [], [_quarantined(files[0], "reader_crashed", CRASHED)]
+
+
+def _prepare_one(files: list[Row], how: Preparation) -> Result:
     """One exam: its frames with their index rows, and rows for what was quarantined."""
-    images: dict[str, tuple[Row, Volume]] = {}
-    masks: dict[str, Volume] = {}
-    bad: list[Row] = []
-    for row in sorted(rows, key=lambda row: row["role"] == "image"):  # masks first: they decide which images may pass
-        try:
-            volume = read_volume(Path(row["path"]), mask=row["role"] != "image")
-            if row["role"] != "image":
-                masks[row["role"]] = volume
-                continue
-            _check_face(volume, how, "brain_mask" in masks)
-        except (BadVolume, UnusableExam) as error:
-            bad.append(_quarantined(row, error.reason, error.detail))
-            continue
-        twin = images.get(row["sequence"])
-        finer = twin is None or is_finer(volume, twin[1])
-        if twin is not None:
-            other = twin[0] if finer else row
-            bad.append(_quarantined(other, "coarser_twin", "The exam has this sequence twice; the finer one is kept."))
-        if finer:
-            images[row["sequence"]] = (row, volume)
+    images, masks, bad = _read(files, how)
     if not images:
-        return [], bad or [_quarantined(rows[0], "no_image", "No readable image in this exam.")]
+        return [], bad or [_quarantined(files[0], "no_image", "No readable image in this exam.")]
     try:
         exam = prepare_exam(
             {name: volume for name, (_, volume) in images.items()},
@@ -285,12 +238,40 @@ def _prepare_one(rows: list[Row], how: Preparation) -> Result:
             tumour=masks.get("tumour_mask"),
         )
     except UnusableExam as error:
-        return [], [*bad, _quarantined(rows[0], error.reason, error.detail)]
+        return [], [*bad, _quarantined(files[0], error.reason, error.detail)]
     for name, share in exam.off_the_brain.items():
         row, _ = images[name]
         detail = f"It shows {share:.0%} of the brain, less than {MIN_COVERED:.0%}: a slab, or in a space of its own."
         bad.append(_quarantined(row, "off_the_brain", detail))
     return _frames(exam, {name: row for name, (row, _) in images.items()}, how) if exam.volumes else [], bad
+
+
+def _read(files: list[Row], how: Preparation) -> tuple[dict[str, tuple[Row, Volume]], dict[str, Volume], list[Row]]:
+    """One image of each sequence, one mask of each role, and rows for what was set aside."""
+    images: dict[str, tuple[Row, Volume]] = {}
+    masks: dict[str, Volume] = {}
+    bad: list[Row] = []
+    for row in sorted(files, key=lambda row: (row["role"] == "image", row["path"])):  # masks decide about images
+        role = row["role"]
+        if role in masks:
+            bad.append(_quarantined(row, "second_mask", SECOND_MASK.format(role.replace("_", " "))))
+            continue
+        try:
+            volume = read_volume(Path(row["path"]), mask=role != "image")
+            if role != "image":
+                masks[role] = volume
+                continue
+            _check_face(volume, how, "brain_mask" in masks)
+        except (BadVolume, UnusableExam) as error:
+            bad.append(_quarantined(row, error.reason, error.detail))
+            continue
+        ours, twin = (row, volume), images.get(row["sequence"])
+        better, lesser = ours, twin
+        if twin is not None and not is_better(volume, twin[1], masks.get("brain_mask")):
+            better, lesser = twin, ours
+        images[row["sequence"]] = better
+        bad += [_quarantined(lesser[0], "coarser_twin", TWIN)] if lesser is not None else []
+    return images, masks, bad
 
 
 def _check_face(volume: Volume, how: Preparation, has_brain_mask: bool) -> None:

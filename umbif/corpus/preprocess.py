@@ -4,10 +4,9 @@ Canonical RAS orientation, one isotropic grid per exam, brain mask, the brain's 
 Shapes: X Y Z are voxel axes towards the patient's right, front and top.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +14,14 @@ import torch
 import torchio as tio
 from scipy import ndimage
 
+from umbif.corpus.outline import Array, Box, background, bounding_box
 from umbif.corpus.readers import Volume
 from umbif.errors import Problem, UsageError
 from umbif.ranges import NonNegativeFloat, Percent, PositiveFloat, ZstdLevel
 
-Array = npt.NDArray[Any]
-Box = tuple[slice, slice, slice]
 SAME_GRID_MM = 1e-3  # two grids that differ by less are one grid: no resampling, so no blurring
+MIN_HELD = 0.95  # of what any volume holds of the brain; with less, a volume is no grid for the others
+MAX_POINTS = 10_000  # of a brain, to see who holds it
 MIN_COVERED = 0.5  # share of the brain in a sequence's field of view; with less, its numbers are not those of a brain
 
 
@@ -103,14 +103,17 @@ def prepare_exam(
         UnusableExam: There is no brain in it, or too little of one.
     """
     subjects = {name: _canonical(volume) for name, volume in images.items()}
-    grid = _reference_grid(subjects, how.spacing_mm)
-    mask = _brain_mask(subjects, images, brain, grid)
-    box = _bounding_box(mask)
+    given = None if brain is None else _canonical(brain, mask=True)
+    foregrounds = {} if given is not None else {name: _foreground(volume) for name, volume in images.items()}
+    best = _best(images, foregrounds.values() if given is None else [given])
+    grid = _isotropic(subjects[best], how.spacing_mm)
+    mask = _brain_mask(given, foregrounds.values(), grid)
+    box = _box(mask)
     shares = {name: _share_shown(image, mask, grid, box) for name, image in subjects.items()}
     near = {name: image for name, image in subjects.items() if shares[name] >= MIN_COVERED}
     if len(near) < len(subjects):  # what lies elsewhere says nothing about where the brain is
-        mask = _brain_mask(near, images, brain, grid)
-        box = _bounding_box(mask)
+        mask = _brain_mask(given, [shown for name, shown in foregrounds.items() if name in near], grid)
+        box = _box(mask)
     _check_brain(mask, how)
     volumes = {}
     for name, image in near.items():
@@ -149,9 +152,17 @@ def quantise(values: Array, brain: Array, clip_percentiles: tuple[Percent, Perce
     return StoredVolume(stored, scale, intercept, mean, std, low, high)
 
 
-def is_finer(candidate: Volume, other: Volume) -> bool:
-    """Whether a second volume of the same sequence has the smaller voxels."""
-    return float(np.prod(candidate.spacing_mm)) < float(np.prod(other.spacing_mm))
+def is_better(candidate: Volume, other: Volume, brain: Volume | None = None) -> bool:
+    """Whether a second volume of the same sequence holds more of the brain, or holds it too and in finer voxels.
+
+    Args:
+        candidate: The second.
+        other: The first, which stays where they are equal.
+        brain: Brain mask, where one was given; else what is not background in the one that shows more.
+    """
+    both = {"other": other, "candidate": candidate}
+    masks = [_foreground(volume) for volume in both.values()] if brain is None else [_canonical(brain, mask=True)]
+    return _best(both, masks) == "candidate"
 
 
 def _canonical(volume: Volume, *, mask: bool = False) -> tio.Image:
@@ -160,12 +171,46 @@ def _canonical(volume: Volume, *, mask: bool = False) -> tio.Image:
     return tio.ToCanonical()(kind(tensor=torch.from_numpy(np.ascontiguousarray(values))[None], affine=volume.affine))
 
 
-def _reference_grid(images: Mapping[str, tio.Image], spacing_mm: float) -> tio.Image:
-    """The grid of the volume with the smallest voxels, made isotropic."""
-    finest = min(images.values(), key=lambda image: float(np.prod(image.spacing)))
-    if np.allclose(finest.spacing, spacing_mm, atol=SAME_GRID_MM):
-        return finest
-    return tio.Resample(spacing_mm)(finest)
+def _best(volumes: Mapping[str, Volume], masks: Iterable[tio.Image]) -> str:
+    """The finest of the volumes that hold the brain: about all that any of them holds of it.
+
+    Args:
+        volumes: By name; of equals, the first one.
+        masks: Say where the brain is, the one that shows most of it.
+    """
+    points_mm = _points_mm(max(masks, key=lambda mask: float(mask.data.sum()) * float(np.prod(mask.spacing))))
+    held = {name: _share_held(volume, points_mm) for name, volume in volumes.items()}
+    enough = MIN_HELD * max(held.values())
+
+    def coarseness(name: str) -> tuple[float, float, float]:
+        edges_mm = np.round(volumes[name].spacing_mm, 3)
+        return float(edges_mm.max()), float(np.prod(edges_mm)), -held[name]  # a thick slice of small pixels is not fine
+
+    return min((name for name, share in held.items() if share >= enough), key=coarseness)
+
+
+def _points_mm(mask: tio.Image) -> npt.NDArray[np.float64]:
+    """Places of a mask (3, points). Random ones, as each n-th might lie in one plane, and the same every time."""
+    inside = np.flatnonzero(_numpy(mask))
+    if len(inside) > MAX_POINTS:
+        inside = inside[np.random.default_rng(0).integers(len(inside), size=MAX_POINTS)]
+    at = np.stack(np.unravel_index(inside, mask.spatial_shape))
+    return np.asarray(mask.affine[:3, :3] @ at + mask.affine[:3, 3:], dtype=np.float64)
+
+
+def _share_held(volume: Volume, points_mm: npt.NDArray[np.float64]) -> float:
+    """How many of some places lie in a volume's field of view."""
+    onto_image = np.linalg.inv(volume.affine)
+    at = onto_image[:3, :3] @ points_mm + onto_image[:3, 3:]
+    size = np.array(volume.data.shape)[:, None]
+    inside = (np.abs(at - (size - 1) / 2) <= size / 2).all(axis=0)
+    return float(inside.sum() / max(1, inside.size))
+
+
+def _isotropic(image: tio.Image, spacing_mm: float) -> tio.Image:
+    if np.allclose(image.spacing, spacing_mm, atol=SAME_GRID_MM):
+        return image
+    return tio.Resample(spacing_mm)(image)
 
 
 def _onto(image: tio.Image, grid: tio.Image) -> tio.Image:
@@ -194,24 +239,20 @@ def _numpy(image: tio.Image) -> Array:
     return image.data[0].numpy()
 
 
-def _brain_mask(
-    images: Mapping[str, tio.Image], volumes: Mapping[str, Volume], given: Volume | None, grid: tio.Image
-) -> npt.NDArray[np.bool_]:
+def _brain_mask(given: tio.Image | None, foregrounds: Iterable[tio.Image], grid: tio.Image) -> npt.NDArray[np.bool_]:
+    """The given mask; else all that any image shows."""
     if given is not None:
-        return _numpy(_onto(_canonical(given, mask=True), grid)) > 0
+        return _numpy(_onto(given, grid)) > 0
     mask = np.zeros(grid.spatial_shape, dtype=bool)
-    for name, image in images.items():
-        foreground = image.data != _background(volumes[name])
-        mask |= _numpy(_onto(tio.LabelMap(tensor=foreground.to(torch.uint8), affine=image.affine), grid)) > 0
+    for foreground in foregrounds:
+        mask |= _numpy(_onto(foreground, grid)) > 0
     return _largest_part(ndimage.binary_fill_holes(mask))
 
 
-def _background(volume: Volume) -> float:
-    """The commonest value on the outer faces: what skull stripping left there (0 mostly, but not always)."""
+def _foreground(volume: Volume) -> tio.Image:
     values = volume.values()
-    faces = np.concatenate([np.take(values, end, axis=axis).ravel() for axis in range(3) for end in (0, -1)])
-    found, counts = np.unique(faces, return_counts=True)
-    return float(found[counts.argmax()])
+    inside = torch.from_numpy(np.ascontiguousarray(values != background(values), dtype=np.uint8))
+    return tio.ToCanonical()(tio.LabelMap(tensor=inside[None], affine=volume.affine))
 
 
 def _largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -224,14 +265,10 @@ def _largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     return np.isin(parts, np.flatnonzero(sizes >= 0.1 * sizes.max()))
 
 
-def _bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
+def _box(mask: npt.NDArray[np.bool_]) -> Box:
     if not mask.any():
         raise UnusableExam("no_brain", "The brain mask is empty: there is nothing but background.")
-    spans = []
-    for axis in range(3):
-        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        spans.append(slice(int(line[0]), int(line[-1]) + 1))
-    return spans[0], spans[1], spans[2]
+    return bounding_box(mask)
 
 
 def _check_brain(mask: npt.NDArray[np.bool_], how: Preparation) -> None:

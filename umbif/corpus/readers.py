@@ -16,6 +16,7 @@ import numpy as np
 from isal import isal_zlib
 from nibabel.affines import obliquity
 
+from umbif.corpus.outline import border_flags
 from umbif.errors import UmbifError
 
 CHUNK_BYTES = 1 << 20
@@ -24,7 +25,6 @@ MAX_EXTENSION_BYTES = 1 << 25
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_MAGIC = b"version https://git-lfs"
 MIN_DISTINCT = 16  # an image has more grey values than a segmentation has labels
-MIN_FACE_BACKGROUND = 0.9  # share of each border face; a head that is not stripped runs out through the neck
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ def _voxel_flags(data: np.ndarray, header: _Header, mask: bool) -> tuple[str, ..
         detail = f"Only {num_labels} different whole numbers: a segmentation, not an image. Name it ..._seg."
         raise BadVolume("label_map", detail)
     flags = (("empty_mask",) if low == high else ()) + (("negative_values",) if min(reals) < 0 else ())
-    return flags if mask or _stripped(data) else (*flags, "not_skull_stripped")
+    return flags if mask else flags + border_flags(data)
 
 
 def _num_labels(data: np.ndarray) -> int:
@@ -381,11 +381,3 @@ def _num_labels(data: np.ndarray) -> int:
         return 0
     distinct = np.unique(data)
     return len(distinct) if len(distinct) < MIN_DISTINCT and (distinct == np.round(distinct)).all() else 0
-
-
-def _stripped(data: np.ndarray) -> bool:
-    """Whether one background value covers nearly all of every border face."""
-    faces = [np.take(data, side, axis) for axis in range(3) for side in (0, -1)]
-    counted, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
-    background = counted[counts.argmax()]
-    return all(np.mean(face == background) >= MIN_FACE_BACKGROUND for face in faces)

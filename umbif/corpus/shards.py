@@ -7,6 +7,7 @@ without the rest of its volume.
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +31,11 @@ ABOUT = "corpus.json"  # what a corpus is made of
 ABOUT_CURE = "Copy it again; or delete it and give the umbif prepare command again that made this corpus"
 OF_THE_FILE = (errno.ENOENT, errno.EIO)  # gone or damaged; what else the system says is not about the shard
 MAX_OPEN = 128  # shards; a process may mostly have 1024 files open
+MAX_NAMED = 20  # shards in a message
+STATS_AT_ONCE = 16  # shards whose sizes are asked for
+SHARD_CURE = (
+    "Copy them again; or give the umbif prepare command again that made this corpus: their exams are prepared anew"
+)
 INDEX_CURE = "Copy it again, or write it anew: the same umbif prepare command with --merge"
 
 
@@ -104,7 +110,7 @@ class Corpus:
             others: exams come in random order, so the next to be read may as well be the oldest.
 
     Raises:
-        UsageError: The folder is no corpus, or its preparation has not been finished.
+        UsageError: The folder is no corpus, its preparation has not been finished, or shards are gone or cut.
     """
 
     def __init__(self, folder: str | Path, cache_bytes: float = 0) -> None:
@@ -116,6 +122,7 @@ class Corpus:
             self.spacing_mm: float = float(self.about["preparation"]["spacing_mm"])
         columns = ("exam", "person", "split", "affine", *LOOKED_UP)
         self.index = read_parquet(self.folder / "index.parquet", INDEX_CURE, columns)
+        _check_shards(self.folder, self.index)
         self.exams = self._exam_table()
         starts = self.index.groupby("exam", sort=False).indices
         self._rows = [np.asarray(starts[exam]) for exam in self.exams["exam"]]
@@ -220,6 +227,34 @@ class Corpus:
     def _close(self, shard: Path) -> None:
         if shard in self._files:
             os.close(self._files.pop(shard))
+
+
+def incomplete(folder: Path, rows: pd.DataFrame) -> list[str]:
+    """Names of the shards of some rows that are gone, or shorter than the rows say.
+
+    Args:
+        folder: Of the corpus.
+        rows: With `shard`, `byte_offset` and `byte_length`, as in index.parquet.
+    """
+    ends = (rows["byte_offset"] + rows["byte_length"]).groupby(rows["shard"]).max()
+    paths = [folder / "shards" / str(name) for name in ends.index]
+    with ThreadPoolExecutor(STATS_AT_ONCE) as pool:  # a network file system takes a millisecond for each of hundreds
+        sizes = [*pool.map(_num_bytes, paths)]
+    return [path.name for path, size, end in zip(paths, sizes, ends, strict=True) if size < end]
+
+
+def _num_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def _check_shards(folder: Path, index: pd.DataFrame) -> None:
+    if names := incomplete(folder, index):
+        what = f"{len(names)} of {index['shard'].nunique()} shards are gone or cut"
+        more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+        raise UsageError(Problem(what, f"{', '.join(names[:MAX_NAMED])}{more} in {folder / 'shards'}", SHARD_CURE))
 
 
 def _check_finished(folder: Path) -> None:
