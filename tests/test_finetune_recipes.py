@@ -12,13 +12,14 @@ from ranks import head_of_rank, started_head
 from safetensors.torch import load_file
 from small import VIT
 
+from umbif.agreement import known_people, other_preparation
 from umbif.corpus.people import marks
 from umbif.downstream.finetune import FineTune
 from umbif.downstream.heads import HeadOptions
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
 from umbif.errors import UmbifError, UsageError
-from umbif.fit import fit, known_people
+from umbif.fit import fit
 from umbif.recipe.compose import compose
 from umbif.recipe.files import list_recipes
 from umbif.stream.modules import exams_of_split
@@ -97,6 +98,15 @@ def test_what_an_encoder_and_its_forebears_have_learnt_from_is_known_in_any_corp
         built = SimpleNamespace(model=SimpleNamespace(encoder=encoder), data=SimpleNamespace(corpus=corpus))
         assert expected in (said := known_people(built))
         assert bool(said) is bool(expected)
+
+
+def test_an_encoder_of_exams_that_were_prepared_otherwise_is_told(corpus, tmp_path):
+    preparation = corpus.about["preparation"]
+    for clip, told in ((preparation["clip_percentiles"], False), ([0.0, 99.0], True)):
+        save_encoder(ViT3D(**VIT), tmp_path, {"preparation": {**preparation, "clip_percentiles": clip}})
+        encoder = ViT3D(**VIT, weights=str(tmp_path))
+        built = SimpleNamespace(model=SimpleNamespace(encoder=encoder), data=SimpleNamespace(corpus=corpus))
+        assert ("clip_percentiles was [0.0, 99.0]" in other_preparation(built)) is told
 
 
 def test_a_gpu_without_room_is_answered_and_another_batch_may_be_tried_in_the_same_folder(

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from umbif.fit import check_together, known_people, refuse_wrong
-from umbif.hardware import Asked, missing, slow_precision
+from umbif.agreement import doubts, refuse_disagreement
+from umbif.fit import refuse_wrong
+from umbif.hardware import Asked, missing
 from umbif.quiet import quiet
 from umbif.recipe.build import Built, build, construct
 from umbif.recipe.compose import Recipe
@@ -30,7 +31,7 @@ def check_recipe(recipe: Recipe) -> str:
         return f"{recipe.name}: {construct(recipe)}"
     refuse_wrong(recipe)
     built = build(recipe)
-    check_together(built)
+    refuse_disagreement(built)
     parameters = count(built.model.parameters())
     encoder = count(built.model.encoder.parameters())
     num_processes = Asked.of(built.trainer_args).num_processes or 1
@@ -49,6 +50,7 @@ def check_recipe(recipe: Recipe) -> str:
         + (f"; on each of {num_processes} processes" if num_processes > 1 else ""),
         f"  hardware     {hardware(built.trainer_args)}",
         f"  run folder   {recipe.tree['run']['dir']}",
+        *(f"  but          {doubt}" for doubt in doubts(built)),
     ])  # fmt: skip
 
 
@@ -61,18 +63,16 @@ def length(built: Built) -> str:
 
 
 def start_of(built: Built) -> str:
-    """Where the encoder's weights come from, and what makes a result of it doubtful."""
+    """Where the encoder's weights come from."""
     loaded = getattr(built.model.encoder, "loaded", None)
-    start = str(loaded["source"]) if loaded else "nothing: its weights are random"
-    return ". ".join(filter(None, (start, known_people(built))))
+    return str(loaded["source"]) if loaded else "nothing: its weights are random"
 
 
 def hardware(trainer: Mapping[str, Any]) -> str:
     """What a recipe asks for; on the login node of a cluster it is not there, and that is no mistake."""
     asked = Asked.of(trainer)
     lacking = missing(asked)
-    here = f"{asked}; {lacking}: fit will need one that has" if lacking else str(asked)
-    return ". ".join(filter(None, (here, slow_precision(trainer))))
+    return f"{asked}; {lacking}: fit will need one that has" if lacking else str(asked)
 
 
 def first_batch(data: Any, num_processes: int) -> Exams:

@@ -13,15 +13,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from umbif.corpus.people import num_held_out
+from umbif.agreement import doubts, refuse_disagreement
 from umbif.encoders.vit import ViT3D
-from umbif.encoders.weights import CONFIG, ENCODER_CURE, seen_by
+from umbif.encoders.weights import CONFIG, ENCODER_CURE
 from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
 from umbif.files import read_mapping, reading
-from umbif.hardware import Asked, hardware_problems, launcher, launcher_problems, slow_precision
+from umbif.hardware import Asked, hardware_problems, launcher, launcher_problems
 from umbif.machine import is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
@@ -37,8 +36,6 @@ from umbif.scale.throughput import Throughput
 from umbif.stream.modules import SlotCounter, killed
 
 log = logging.getLogger("umbif")
-PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")  # and how Lightning also spells them
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 def fit(recipe: Recipe) -> Path:
@@ -112,9 +109,9 @@ def _train(recipe: Recipe, folder: Path) -> None:
     resume = to_resume(folder)
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
-    check_together(built)
-    if known := known_people(built):
-        log.warning(known)
+    refuse_disagreement(built)
+    for doubt in doubts(built) if is_leader() else ():
+        log.warning(doubt)
     # Only once the checkpoint has been found to belong to this corpus: what is refused must not claim the folder.
     provenance = LambdaCallback(on_train_start=lambda *_: write_provenance(folder, recipe))
     trainer = make_trainer(built.trainer_args, [provenance, *built.callbacks.values()], folder, resume)
@@ -187,65 +184,6 @@ def refuse_untaught(built: Built, num_steps: int, folder: Path) -> None:
         raise UmbifError(f"All {num_steps} steps were skipped; {folder / 'log.txt'} says why. Nothing was exported.")
 
 
-def check_together(built: Built) -> None:
-    """Refuses what no part of a recipe can know alone, and what would go wrong without a word.
-
-    Raises:
-        UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, contrast has nothing
-            to match, or precision or strategy is none of ours; all of them are named.
-    """
-    problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built), *strategy_problems(built)]
-    if problems:
-        raise UsageError(problems, str(built.data.corpus.folder))
-
-
-def known_people(built: Built) -> str:
-    """What to say where the encoder has learnt from exams that are held out now; nothing where it has not."""
-    num_exams, num_known = num_held_out(built.data.corpus, seen_by(built.model.encoder))
-    if not num_known:
-        return ""
-    cure = "Pretrain again without them, or mistrust the result"
-    return f"The encoder has learnt from {num_known} of the {num_exams} exams that are held out here. {cure}"
-
-
-def scale_problems(built: Built) -> Iterator[Problem]:
-    """An encoder for another voxel size: its positions and shapes would be wrong."""
-    encoder, spacing_mm = built.model.encoder, built.data.corpus.spacing_mm
-    if abs(encoder.voxel_mm - spacing_mm) > 1e-3:
-        cure = f"Take a recipe for {spacing_mm:g} mm (umbif ls), or prepare the corpus at {encoder.voxel_mm:g} mm"
-        yield Problem(f"the encoder is made for voxels of {encoder.voxel_mm:g} mm", f"{spacing_mm:g} mm", cure)
-    crop, patch = getattr(built.data, "crop_size", None), getattr(encoder, "patch_size", 1)
-    if crop is not None and min(crop) < patch:
-        yield Problem(f"data.crop_size must hold a patch of {patch} voxels along each side", f"{list(crop)}")
-
-
-def sibling_problems(built: Built) -> Iterator[Problem]:
-    """A contrast without views to compare, or without a sequence that they share: it would teach nothing."""
-    contrast, policy = getattr(built.model, "contrast", None), getattr(built.data, "policy", {})
-    if contrast is not None and policy.get("num_views") == 1:
-        cure = "Set it to 2, or model.contrast_weight=0"
-        yield Problem("data.num_views must give the contrast views to compare", "1", cure)
-    share = policy.get("disjoint_share")
-    if contrast is not None and contrast.options.unit == "sequence" and share == 1:
-        cure = "Set it below 1, or model.contrast.unit=view"
-        yield Problem("data.disjoint_share must leave views that share a sequence to compare", f"{share:g}", cure)
-
-
-def precision_problems(built: Built) -> Iterator[Problem]:
-    """Half precision with a loss scale: the gradient would be clipped while it is scaled."""
-    precision = built.trainer_args.get("precision") or "32-true"
-    if str(precision) not in PRECISIONS:
-        yield Problem(f"trainer.precision must be {' or '.join(PRECISIONS[:2])}", str(precision))
-
-
-def strategy_problems(built: Built) -> Iterator[Problem]:
-    """Weights in shards: the gradient would be clipped by the norm of each shard, and checkpoints could not go on."""
-    strategy = built.trainer_args.get("strategy") or "auto"
-    if strategy not in STRATEGIES and type(strategy) is not DDPStrategy:
-        cure = "Weights in shards (FSDP, DeepSpeed) are to come"
-        yield Problem(f"trainer.strategy must be {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}", str(strategy), cure)
-
-
 def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:
     """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else.
 
@@ -256,8 +194,6 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
     asked = Asked.of(options)
     if problems := [*hardware_problems(asked), *launcher_problems(asked)]:
         raise UsageError(problems)
-    if is_leader() and (slow := slow_precision(options)):
-        log.warning(slow)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
         loggers = [MetricsCSV(folder, step_of(resume)), TensorBoardLogger(str(folder), "tensorboard", "")]
