@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from umbif import cli
 from umbif.check import hardware
+from umbif.corpus.manifest import read_manifest
 from umbif.recipe.compose import compose
 from umbif.recipe.show import flat_copy
 
@@ -96,6 +97,20 @@ def test_an_index_asks_for_its_place_before_it_reads(
     code, _, err = run(["index", str(tmp_path), "-o", str(tmp_path)], monkeypatch, capsys)
     assert code == 2
     assert "A manifest is a .parquet file" in err
+
+
+def test_sources_of_one_name_become_data_sets_of_their_own_in_one_manifest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["index", "--workers", "0", "-o", str(tmp_path / "m.parquet")]
+    for name, grade in (("one", "II"), ("two", "IV")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "images/P1_t1.nii").write_text("no image")
+        (tmp_path / f"{name}.csv").write_text(f"dataset,subject,grade\n{name},P1,{grade}\n")
+        command += [str(tmp_path / name / "images"), "--dataset", name, "--labels", str(tmp_path / f"{name}.csv")]
+    run(command, monkeypatch, capsys)
+    table = read_manifest(tmp_path / "m.parquet")
+    assert list(zip(table["exam"], table["grade"], strict=True)) == [("one/P1", "II"), ("two/P1", "IV")]
 
 
 @pytest.mark.parametrize("verb", [["index", "x"], ["prepare", "x"], ["phantom", "-o", "x"]])

@@ -2,6 +2,8 @@
 
 import gzip
 import os
+import signal
+import unicodedata
 from pathlib import Path
 
 import nibabel as nib
@@ -9,22 +11,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from umbif.corpus import index
-from umbif.corpus.checks import duplicates, inspect, perceptual_hash
+from umbif.corpus import checks, index
+from umbif.corpus.checks import duplicates, inspect
 from umbif.corpus.datasets import parse_name
 from umbif.corpus.folders import Found, find_volumes
 from umbif.corpus.index import _inspect_all, build_manifest, refuse_impossible, refuse_without_images, summary
+from umbif.corpus.labels import join_labels
 from umbif.corpus.manifest import (
     COLUMNS,
     assign_persons,
     assign_splits,
-    join_labels,
     label_columns,
     read_manifest,
     write_manifest,
 )
 from umbif.corpus.readers import read_volume
-from umbif.errors import UmbifError, UsageError
+from umbif.errors import Stopped, UmbifError, UsageError
 
 
 def brain(seed: int) -> np.ndarray:
@@ -109,6 +111,8 @@ def test_sources_that_cannot_be_meant_are_refused(tmp_path):
     with pytest.raises(UsageError, match="same name"):
         find_volumes([tmp_path / "a/images", tmp_path / "b/images"])
     assert len(find_volumes([tmp_path / "a/images", tmp_path / "b/images"], "both")) == 2
+    with pytest.raises(UsageError, match=r"2 names for 3 sources.*once for each source"):
+        find_volumes([tmp_path / "a", tmp_path / "b", tmp_path], ["A", "B"])
     assert len(find_volumes([tmp_path, tmp_path / "a/images/p1_t1.nii"])) == 2
     with pytest.raises(UsageError, match="no such folder"):
         build_manifest([tmp_path / "gone"])
@@ -201,22 +205,6 @@ def test_processes_give_the_same_table_as_one(cohort, manifest):
     pd.testing.assert_frame_equal(again, manifest)
 
 
-def test_the_perceptual_hash_ignores_scale_and_storage_and_tells_brains_apart(tmp_path):
-    x, y, z = np.meshgrid(*[np.linspace(-1, 1, 24)] * 3, indexing="ij")
-    one = np.where(x**2 + y**2 + z**2 < 0.8, 500 + 200 * x + 90 * y * z, 0)
-    other = np.where(x**2 + y**2 + z**2 < 0.8, 500 - 200 * x + 90 * y * z, 0)
-    stored = {
-        "one": save(tmp_path / "a.nii", one.astype(np.int16)),
-        "scaled": save(tmp_path / "b.nii", (one * 3.7).astype(np.float32)),
-        "turned": save(tmp_path / "c.nii", one.astype(np.int16)[:, ::-1], np.diag([-1.0, 1, 1, 1])),
-        "other": save(tmp_path / "d.nii", other.astype(np.int16)),
-    }
-    hashes = {name: int(perceptual_hash(read_volume(path)), 16) for name, path in stored.items()}
-    assert (hashes["one"] ^ hashes["scaled"]).bit_count() <= 2
-    assert (hashes["one"] ^ hashes["turned"]).bit_count() <= 2
-    assert (hashes["one"] ^ hashes["other"]).bit_count() > 12
-
-
 def rows(*exams: tuple[str, str, str], **columns) -> pd.DataFrame:
     """A manifest of usable images with the given (dataset, subject, session)."""
     table = pd.DataFrame(list(exams), columns=["dataset", "subject", "session"])
@@ -225,7 +213,8 @@ def rows(*exams: tuple[str, str, str], **columns) -> pd.DataFrame:
     table = table.assign(voxel_sha256=[f"sha{i}" for i in range(len(table))], **columns)
     for column in COLUMNS:
         if column not in table:
-            table[column] = [[1]] * len(table) if column in ("shape", "spacing_mm") else 0 if column == "bytes" else ""
+            empty = 0 if column in ("bytes", "modified_ns") else ""
+            table[column] = [[1]] * len(table) if column in ("shape", "spacing_mm") else empty
     return table[list(COLUMNS)]
 
 
@@ -254,6 +243,34 @@ def test_splits_are_by_person_seeded_and_stable_when_exams_are_added():
         assign_splits(table, 1.5)
 
 
+def test_a_split_of_ones_own_is_kept_and_the_others_are_drawn():
+    table = assign_persons(rows(*[("A", str(i // 2), str(i % 2)) for i in range(40)]))
+    given = table.assign(split=[" TEST ", "", "train", *[""] * 37])
+    drawn = assign_splits(given, 0.5, seed=3).groupby("subject")["split"].unique()
+    assert (drawn["0"].tolist(), drawn["1"].tolist()) == (["test"], ["train"])
+    assert (drawn.drop(["0", "1"]).map(lambda sides: sides[0]) == "test").sum() == 9
+    only = assign_splits(given, 0).query("split == 'test'")
+    assert only["subject"].tolist() == ["0", "0"]
+
+
+def test_a_split_that_cannot_be_meant_is_told_without_names():
+    table = rows(("A", "Smith", "1"), ("A", "Smith", "2"), ("A", "Miller", ""), ("A", "Jones", ""))
+    with pytest.raises(UsageError, match=r"other than train and test: got 'fold 1', 'val'"):
+        assign_splits(table.assign(person="x", split=["val", "fold 1", "val", ""]))
+    with pytest.raises(UsageError, match=r"both sides of the split: got 1\. ") as caught:
+        assign_splits(assign_persons(table.assign(split=["train", "test", "train", ""])))
+    assert "Smith" not in str(caught.value)
+
+
+def test_who_shares_an_image_with_a_test_person_cannot_be_put_into_training(cohort, tmp_path):
+    table = table_file(tmp_path, "subject,split\nP-002,test\nX-9,train\n")
+    with pytest.raises(UsageError, match=r"both sides of the split: got 1"):
+        build_manifest([cohort], labels=table, num_workers=0)
+    table = table_file(tmp_path, "subject,split\nP-002,test\n")
+    split = build_manifest([cohort], labels=table, test_fraction=0, num_workers=0).groupby("subject")["split"].first()
+    assert split[split == "test"].index.tolist() == ["P-002", "X-9"]
+
+
 def table_file(tmp_path: Path, text: str, name: str = "labels.csv") -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8-sig")
@@ -277,6 +294,55 @@ def test_a_session_column_tells_the_exams_of_a_subject_apart(tmp_path):
     assert list(joined["idh"]) == ["0", "1", ""]
     assert list(joined["person"]) == ["human-1", "human-1", ""]
     assert list(joined["site"]) == ["Bonn", "A", "A"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["PatientID", "SubjectID", "patients", "MRN", "eid", "pid", "PATNO", "patientid", "PTID", "case no", "BraTS21ID"],
+)
+def test_bare_numbers_are_subjects_where_their_column_is_called_so(tmp_path, name):
+    table = rows(("A", "001", ""), ("A", "062", ""))
+    text = f"no,PatientAge,{name},idh\n1,62,1,0\n2,1,62,1\n"
+    assert list(join_labels(table, table_file(tmp_path, text))["idh"]) == ["0", "1"]
+
+
+def test_a_column_of_bare_numbers_that_could_be_the_key_is_named(tmp_path):
+    text = "age,nummer,idh\n62,1,wt\n88,62,mut\n"
+    with pytest.raises(UsageError, match=r"No row.*'nummer', 'age' hold bare numbers: call .* `subject`"):
+        join_labels(rows(("A", "001", ""), ("A", "062", "")), table_file(tmp_path, text))
+    with pytest.raises(UsageError, match=r"No row.*Column 'nummer' holds bare numbers: call it `subject`"):
+        join_labels(rows(("A", "001", ""), ("A", "2", "")), table_file(tmp_path, text))
+
+
+def test_what_a_spreadsheet_saves_as_unicode_text_is_read(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("ID\tGrad\tOrt\r\nP1\tIV\tKöln\r\n", encoding="utf-16")
+    assert list(join_labels(rows(("A", "P1", "")), path)["Ort"]) == ["Köln"]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_join_however_their_umlauts_are_encoded(tmp_path, forms):
+    subject, key = (unicodedata.normalize(form, "Müller-07") for form in forms)
+    table = rows(("A", subject, ""))
+    assert list(join_labels(table, table_file(tmp_path, f"ID,idh\n{key},1\n"))["idh"]) == ["1"]
+
+
+def test_tables_are_joined_in_turn_and_the_earlier_one_counts(tmp_path, capsys):
+    table = rows(("A", "P1", ""), ("A", "P2", ""), ("B", "Q1", ""))
+    first = table_file(tmp_path, "ID,site,idh\nP1,Bonn,0\nP2,,1\n", "first.csv")
+    second = table_file(tmp_path, "subject,site,idh,mgmt\nP2,Köln,0,1\nQ1,,1,0\nP1,bonn ,,\n", "second.csv")
+    joined = join_labels(table, first, second)
+    assert label_columns(joined) == ["idh", "mgmt"]
+    assert list(joined["idh"]) == ["0", "1", "1"]
+    assert list(joined["mgmt"]) == ["", "1", "0"]
+    assert list(joined["site"]) == ["Bonn", "Köln", "B"]
+    assert "second.csv gives 1 exams another 'idh'" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"columns that the manifest has: got idh, mgmt"):
+        join_labels(joined, second)
+    for column in ("person", "site", "split"):
+        one, other = (table_file(tmp_path, f"ID,{column}\nP1,{v}\n", f"{v}.csv") for v in ("train", "test"))
+        with pytest.raises(UsageError, match=rf"tables disagree: got {column} in 1 exams"):
+            join_labels(table, one, other)
 
 
 def test_rows_of_one_exam_that_agree_become_one_and_torn_columns_are_left_out(tmp_path, capsys):
@@ -336,7 +402,7 @@ def test_what_cannot_be_meant_is_told_before_a_volume_is_read(cohort, tmp_path, 
 
 def test_all_that_cannot_be_meant_is_told_at_once_with_the_place_of_the_manifest(cohort, tmp_path):
     with pytest.raises(UsageError) as caught:
-        refuse_impossible(-0.1, tmp_path / "gone.csv", tmp_path / "manifest.csv")
+        refuse_impossible(-0.1, [tmp_path / "gone.csv"], tmp_path / "manifest.csv")
     assert [problem.what for problem in caught.value.problems] == [
         "test_fraction must be at least 0 and less than 1", "There is no label table", "A manifest is a .parquet file",
     ]  # fmt: skip
@@ -368,6 +434,113 @@ def test_a_dataset_column_keeps_equal_names_of_data_sets_apart(tmp_path):
     table = rows(("A", "77", ""), ("B", "77", ""))
     joined = join_labels(table, table_file(tmp_path, "dataset,subject,idh\nA,77,0\nB,77,1\n"))
     assert list(joined["idh"]) == ["0", "1"]
+
+
+@pytest.fixture
+def copied(cohort, tmp_path) -> Path:
+    """The cohort, to be changed."""
+    for path in cohort.rglob("*.nii*"):
+        (tmp_path / "cohort" / path.relative_to(cohort)).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cohort" / path.relative_to(cohort)).write_bytes(path.read_bytes())
+    return tmp_path / "cohort"
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """Names of the files that are read."""
+    names: list[str] = []
+    monkeypatch.setattr(checks, "read_volume", lambda path, **how: names.append(path.name) or read_volume(path, **how))
+    return names
+
+
+def indexed(source: Path, **how) -> pd.DataFrame:
+    """What `umbif index` writes beside its source."""
+    table = build_manifest([source], num_workers=0, output=source.parent / "m.parquet", **how)
+    write_manifest(table, source.parent / "m.parquet")
+    return table
+
+
+def test_a_file_that_is_as_it_was_is_not_read_again(copied, read):
+    first = indexed(copied)
+    assert len(read) == len(first)
+    read.clear()
+    pd.testing.assert_frame_equal(indexed(copied), first)
+    table = table_file(copied.parent, "subject,person,idh\nP-002,human-9,1\n")
+    again = indexed(copied, dataset="other", labels=table, test_fraction=0.5)
+    assert set(again["dataset"]) == {"other"}
+    assert set(again.loc[again["subject"] == "P-002", "idh"]) == {"1"}
+    assert set(again["person"]) >= {"human-9", "other/P-001"}
+    assert list(again["voxel_sha256"]) == list(first["voxel_sha256"])
+    assert read == []
+
+
+def test_a_file_that_has_changed_is_read_alone(copied, read):
+    first = indexed(copied)
+    read.clear()
+    changed = save(copied / "P-001_ses-1/P-001_ses-1_t1.nii.gz", brain(77))
+    hashes = pd.DataFrame({"before": first["voxel_sha256"], "now": indexed(copied)["voxel_sha256"]})
+    assert read == [changed.name]
+    assert (hashes["before"] != hashes["now"]).sum() == 1
+    os.utime(changed, ns=(0, 10**18))
+    indexed(copied)
+    assert read == [changed.name] * 2
+
+
+def test_what_the_system_would_not_read_is_tried_again(copied, monkeypatch):
+    indexed(copied)
+    refused = copied / "P-003_t1.nii.gz"
+    with monkeypatch.context() as patched:
+        os.utime(refused, ns=(0, 10**18))
+        patched.setattr(checks, "read_volume", _unreadable)
+        table = indexed(copied)
+        assert table.loc[table["subject"] == "P-003", "reason"].tolist() == ["unreadable"]
+    table = indexed(copied)
+    assert table.loc[table["subject"] == "P-003", "reason"].tolist() == ["empty_file"]
+
+
+def _unreadable(*_, **__):
+    raise checks.BadVolume("unreadable", "The disk is away.")
+
+
+def _interrupt(_: int) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("end", "said"), [(_interrupt, KeyboardInterrupt), (signal.raise_signal, Stopped)])
+def test_what_was_read_before_an_end_is_not_read_again(copied, read, monkeypatch, end, said):
+    whole, output = build_manifest([copied], num_workers=0), copied.parent / "m.parquet"
+    reader, names = checks.read_volume, sorted(read)
+    read.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(checks, "read_volume", _ends_at(4, end, reader))
+        with pytest.raises(said):
+            indexed(copied)
+        patched.setattr(checks, "read_volume", _ends_at(2, end, reader))
+        with pytest.raises(said):
+            build_manifest([copied / "P-002_ses-1"], num_workers=0, output=output)
+    assert len(read) == 3 + 1
+    assert not output.exists()  # nobody prepares half of a data set for the whole
+    pd.testing.assert_frame_equal(indexed(copied), whole)
+    assert sorted(read) == names
+    assert {path.name for path in copied.parent.iterdir()} == {"cohort", "m.parquet"}
+
+
+def _ends_at(number, end, reader):
+    calls: list[Path] = []
+
+    def reads(path, **how):
+        calls.append(path)
+        return end(signal.SIGTERM) if len(calls) >= number else reader(path, **how)
+
+    return reads
+
+
+def test_a_manifest_of_before_files_had_times_is_read_and_replaced(copied, read):
+    path = copied.parent / "m.parquet"
+    indexed(copied).drop(columns="modified_ns").to_parquet(path)
+    assert list(read_manifest(path).columns) == list(COLUMNS)
+    read.clear()
+    assert len(indexed(copied)) == len(read)
 
 
 def test_a_manifest_comes_back_as_written_and_an_older_one_is_kept(tmp_path, manifest):

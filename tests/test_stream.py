@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from umbif.corpus.shards import Corpus
+from umbif.downstream.data import TaskData
+from umbif.downstream.tasks import MISSING, BinaryLabel, labelled
 from umbif.errors import UsageError
 from umbif.pretrain.masking import COLUMNS, PLACES, TOKENS, Masking
+from umbif.pretrain.monitors import centre_crop
 from umbif.stream.augment import BIAS, CURVE, FLIP, SCALE, Augmentation
 from umbif.stream.exams import SEQUENCES, CropDataset, Exams, WholeBrainDataset, collate, person_codes, read_view
 from umbif.stream.modules import (
@@ -536,6 +539,44 @@ def test_exams_without_a_tumour_mask_are_left_out(corpus):
         "TINY/P1/1", "TINY/P4",
     ]  # fmt: skip
     assert len(data.dataset("train")[0]) == 2
+
+
+def test_a_run_sees_the_sequences_that_it_is_told_and_exams_with_none_of_them_are_left_out(corpus, caplog):
+    caplog.set_level("INFO", "umbif")
+    data = PretrainData(str(corpus.folder), sequences=["t1ce", "t2"], crop_size=(8, 8, 8), num_workers=0)
+    assert [record.getMessage() for record in caplog.records] == ["2 of 8 exams have none of t1ce, t2 and are left out"]
+    names = {split: [data.corpus.exams["exam"][row] for row in data.exams(split)] for split in ("train", "test")}
+    assert names == {"train": ["TINY/P1/1", "TINY/P2", "TINY/P5", "TINY/P6"], "test": ["TINY/P3/1", "TINY/P3/2"]}
+    views = [view for slot in range(20) for view in data.dataset("train")[slot]]
+    shown = {SEQUENCES[code] for view in views for code in view["sequence"][view["present"]]}
+    assert (shown, len(views[0]["image"])) == ({"t1ce", "t2"}, 2)
+    assert centre_crop(data.corpus, 0, (8, 8, 8))["present"].sum() == 2
+    assert data.state_dict() == PretrainData(str(corpus.folder)).state_dict()  # no other people
+
+
+def test_sequences_that_a_corpus_has_not_are_told_with_the_nearest(corpus):
+    with pytest.raises(UsageError, match=r"data\.sequences.*got t1c\. Did you mean t1ce\?"):
+        PretrainData(str(corpus.folder), sequences=["flair", "t1c"])
+    data = PretrainData(str(corpus.folder), sequences=["t1"], around_tumour=True)
+    with pytest.raises(UsageError, match=r"no exam with a tumour mask and with t1 in its test split"):
+        data.dataset("test")
+
+
+def test_a_task_leaves_out_exams_without_its_sequences(corpus, tmp_path):
+    exams = ["P1/1,0", "P1/2,0", "P2/,1", "P3/1,0", "P3/2,1", "P4/,1", "P5/,0", "P6/,1"]
+    (tmp_path / "labels.csv").write_text("\n".join(["subject,session,idh", *(e.replace("/", ",") for e in exams)]))
+    label = BinaryLabel(columns=["idh"], positive=["1"], negative=["0"])
+    data = TaskData(
+        str(corpus.folder), "idh", label, str(tmp_path / "labels.csv"), ["t1", "t1ce", "t2"], val_fraction=0.5
+    )
+    assert [data.exams["exam"][row] for row in np.flatnonzero(data.y == MISSING)] == ["TINY/P4"]
+    assert [data.exams["exam"][row] for row in data.parts["test"]] == ["TINY/P3/1", "TINY/P3/2"]
+
+
+def test_labels_of_a_task_do_not_decide_who_is_tested(corpus, tmp_path):
+    (tmp_path / "labels.csv").write_text("subject,split\nP1,test\n")
+    with pytest.raises(UsageError, match=r"has: got split\. Rename them\. .*umbif index"):
+        labelled(corpus, str(tmp_path / "labels.csv"))
 
 
 def test_validation_takes_what_is_held_out_also_where_it_is_less_than_a_batch(corpus):

@@ -92,25 +92,30 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     epilog=example(
         "umbif index /data/BraTS2021 -o manifest.parquet",
         "umbif index /data/UCSF-PDGM --labels metadata.csv -o manifest.parquet",
+        "umbif index a/images b/images --dataset A --dataset B --labels a.csv --labels b.csv",
     )
 )
 def index(
     source: Annotated[list[Path], typer.Argument(help="Folders of NIfTI files.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The manifest.")] = Path("manifest.parquet"),
-    dataset: Annotated[str | None, typer.Option(help="Name of the data set. Default: the folder's.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="A table (csv, tsv, parquet) with a row per subject.")] = None,
-    test_fraction: Annotated[float, typer.Option(help="Share of the people held out.")] = 0.2,
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="Name of all sources, or again for each. Default: the folder's.")
+    ] = None,
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="A table (csv, tsv, parquet) with a row per subject; again for more.")
+    ] = None,
+    test_fraction: Annotated[float, typer.Option(help="Share held out, of people whose split no label gives.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
 ) -> None:
-    """Reads every volume of a folder tree, checks it, groups exams, splits people."""
-    from umbif.corpus.index import build_manifest, refuse_impossible, refuse_without_images, summary
+    """Reads every volume of a folder tree, checks it, groups exams, splits people. Goes on where it stopped."""
+    from umbif.corpus.index import build_manifest, refuse_without_images, summary
     from umbif.corpus.manifest import write_manifest
 
-    refuse_impossible(test_fraction, labels, output)
     table = build_manifest(
-        source, dataset=dataset, labels=labels, test_fraction=test_fraction, seed=seed, num_workers=workers
-    )
+        source, dataset=dataset, labels=labels or (), test_fraction=test_fraction, seed=seed, num_workers=workers,
+        output=output,
+    )  # fmt: skip
     earlier = write_manifest(table, output)
     print(summary(table))
     if earlier is not None:

@@ -1,12 +1,17 @@
-"""Progress of long work: one calm bar on a terminal, a line every few seconds in a log file."""
+"""Long work: one calm bar on a terminal, a line every few seconds in a log file, and an orderly end before its time."""
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from umbif.errors import Stopped
 
 T = TypeVar("T")
 console = Console(highlight=False, soft_wrap=True)
@@ -19,6 +24,30 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         yield from items
         return
     yield from _bar(items, what, total) if sys.stdout.isatty() else _lines(items, what, total)
+
+
+@contextmanager
+def stoppable(done: str) -> Iterator[None]:
+    """Lets a SIGTERM end the work in order, as Ctrl-C does; where signals can be taken at all, in the main thread.
+
+    Args:
+        done: What has become of that which stays, such as "prepared".
+
+    Raises:
+        Stopped: A scheduler's SIGTERM came.
+    """
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(f"Ended by SIGTERM. What is {done} stays; the same command goes on.", number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def duration(seconds: float) -> str:

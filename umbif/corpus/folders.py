@@ -50,7 +50,7 @@ class Place(NamedTuple):
 Homes = dict[Place, Place | None]
 
 
-def find_volumes(sources: Sequence[Path], dataset: str | None = None) -> list[Found]:
+def find_volumes(sources: Sequence[Path], dataset: str | Sequence[str] | None = None) -> list[Found]:
     """All NIfTI files in folders (or given singly), sorted by path.
 
     Files whose names make them one exam, but whose folders do not, become exams of their own (see `_told_apart`).
@@ -58,26 +58,28 @@ def find_volumes(sources: Sequence[Path], dataset: str | None = None) -> list[Fo
 
     Args:
         sources: Folders or files. Hidden folders are passed over, symbolic links to folders are not entered.
-        dataset: The data set's name; by default the name of each source folder.
+        dataset: The data set's name, or one for each source; by default the name of each source folder.
 
     Raises:
         UsageError: A source is missing, is a file that is no image, or two sources would share one name; or names of
             files are no UTF-8.
     """
     roots = [Path(source).resolve() for source in sources]
-    _check_sources(sources, roots, dataset)
+    given = [dataset] if isinstance(dataset, str) else [*(dataset or [""])]
+    names = given * len(roots) if len(given) == 1 else given
+    _check_sources(sources, roots, names)
     found: dict[Path, Found] = {}
-    for root in roots:
+    for root, name in zip(roots, names, strict=True):
         folder = root if root.is_dir() else root.parent
         for path, problem in _walk(root) if root.is_dir() else [(root, "")]:
-            found.setdefault(path, _found(path, folder, dataset or folder.name, problem))
+            found.setdefault(path, _found(path, folder, name or folder.name, problem))
     _check_names([*found])
     base = Path(os.path.commonpath([root if root.is_dir() else root.parent for root in roots]))
     usable = _told_apart([item for item in found.values() if not item.reason], base)
     return sorted([*usable, *(item for item in found.values() if item.reason)], key=lambda item: item.path)
 
 
-def _check_sources(given: Sequence[Path], roots: list[Path], dataset: str | None) -> None:
+def _check_sources(given: Sequence[Path], roots: list[Path], names: list[str]) -> None:
     missing = [str(source) for source, root in zip(given, roots, strict=True) if not root.exists()]
     if missing or not roots:
         raise UsageError(Problem("There is no such folder or file", ", ".join(missing), "Check the spelling."))
@@ -85,9 +87,12 @@ def _check_sources(given: Sequence[Path], roots: list[Path], dataset: str | None
         raise UsageError(Problem("No image was found", ", ".join(others), LOOKED_FOR))
     if closed := [str(source) for source in given if source.is_dir() and not os.access(source, os.R_OK | os.X_OK)]:
         raise UsageError(Problem("The folder may not be read", ", ".join(closed), NOT_MINE))
-    names = [root.name for root in roots if root.is_dir() and dataset is None]
-    if shared := sorted({name for name in names if names.count(name) > 1}):
-        cure = "Exams of equal names would become one. Index them one by one, each with --dataset NAME."
+    if len(names) != len(roots):
+        cure = "Give --dataset once for all of them, or once for each source in the order of the sources."
+        raise UsageError(Problem("Not every source has a name", f"{len(names)} names for {len(roots)} sources", cure))
+    own = [root.name for root, name in zip(roots, names, strict=True) if root.is_dir() and not name]
+    if shared := sorted({name for name in own if own.count(name) > 1}):
+        cure = "Exams of equal names would become one. Give --dataset NAME for each source, in their order."
         raise UsageError(Problem("Two sources have the same name", ", ".join(shared), cure))
 
 

@@ -2,28 +2,31 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
-from umbif.corpus.checks import blank_row, duplicates, inspect, quarantined
+from umbif.corpus.checks import blank_row, duplicates, inspect, quarantined, taken_over
 from umbif.corpus.folders import LOOKED_FOR, TOLD_APART, Found, find_volumes
+from umbif.corpus.labels import join_labels, label_problems
 from umbif.corpus.manifest import (
     COLUMNS,
     FILLED_BY_LABELS,
     assign_persons,
     assign_splits,
     fraction_problems,
-    join_labels,
     label_columns,
-    label_problems,
     place_problems,
+    read_manifest,
+    unfinished,
+    write_unfinished,
 )
 from umbif.corpus.processes import each
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import num_cores
-from umbif.progress import track
+from umbif.progress import console, stoppable, track
 
 Row = dict[str, Any]
 MAX_WORKERS = 16
@@ -34,50 +37,52 @@ CRASHED = "The process that read the file died, mostly for lack of memory. Try i
 def build_manifest(
     sources: Sequence[str | Path],
     *,
-    dataset: str | None = None,
-    labels: str | Path | None = None,
+    dataset: str | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str | Path] = (),
     test_fraction: float = 0.2,
     seed: int = 0,
     num_workers: int | None = None,
+    output: Path | None = None,
 ) -> pd.DataFrame:
     """Reads and judges every NIfTI file of the sources; bad files become quarantined rows, never an error.
 
     Args:
         sources: Folders or files.
-        dataset: The data set's name; by default the name of each source folder.
-        labels: A table whose columns are joined to the exams.
-        test_fraction: Share of the persons that makes the test set.
+        dataset: The data set's name, or one for each source; by default the name of each source folder.
+        labels: Tables whose columns are joined to the exams, see `join_labels`.
+        test_fraction: Share of the persons that makes the test set, among those whose side no label gives.
         seed: Of the split.
         num_workers: Processes; 0 reads in this process, None takes one per usable core.
+        output: Where the manifest will stand. Files that are as they were when one was written there are not read
+            again, and what is read before an end before its time is kept there for the next call.
 
     Raises:
-        UsageError: A source is missing, none holds a NIfTI file, or the label table does not fit; before any is read.
+        UsageError: A source is missing, none holds a NIfTI file, or a label table does not fit; before any is read.
+        Stopped: A scheduler's SIGTERM came.
     """
-    refuse_impossible(test_fraction, labels)
+    tables = [Path(table) for table in ([labels] if isinstance(labels, str | Path) else labels)]
+    refuse_impossible(test_fraction, tables, output)
     found = find_volumes([Path(source) for source in sources], dataset)
     if not found:
         raise UsageError(Problem("No image was found", ", ".join(map(str, sources)), LOOKED_FOR))
-    known = pd.DataFrame(map(blank_row, found), columns=list(COLUMNS))
-    if labels is not None:
-        known = join_labels(known, labels)  # by names alone, so that a table that does not fit costs no hours
-    if num_workers is None:
-        num_workers = min(num_cores(), MAX_WORKERS, len(found))
-    rows = sorted(track(_inspect_all(found, num_workers), "Reading volumes", len(found)), key=lambda row: row["path"])
-    known = known.set_index("path").loc[[row["path"] for row in rows]].reset_index()
-    labelled = known[[*FILLED_BY_LABELS, *label_columns(known)]]
-    table = pd.DataFrame(rows, columns=list(COLUMNS)).drop(columns=list(FILLED_BY_LABELS)).join(labelled)
-    table = assign_splits(assign_persons(table), test_fraction, seed)
-    return table[[*COLUMNS, *label_columns(table)]]
+    known = join_labels(pd.DataFrame(map(blank_row, found), columns=list(COLUMNS)), *tables)
+    assign_splits(assign_persons(known), test_fraction, seed)  # by names alone: what does not fit costs no hours
+    earlier = _earlier(output)
+    rows: list[Row] = []
+    with _kept(earlier, rows, output), stoppable("read"):
+        for row in _rows(found, earlier, num_workers):
+            rows.append(row)
+        return _split_table(rows, known, test_fraction, seed)
 
 
-def refuse_impossible(test_fraction: float, labels: str | Path | None = None, output: Path | None = None) -> None:
+def refuse_impossible(test_fraction: float, labels: Sequence[Path] = (), output: Path | None = None) -> None:
     """Refuses what cannot be meant before any volume is read.
 
     Raises:
         UsageError: Names all of it.
     """
     problems = fraction_problems(test_fraction)
-    problems += label_problems(Path(labels)) if labels is not None else []
+    problems += [problem for path in labels for problem in label_problems(path)]
     problems += place_problems(output) if output is not None else []
     if problems:
         raise UsageError(problems)
@@ -126,6 +131,48 @@ def _quarantine(table: pd.DataFrame) -> list[str]:
     if len(lines) > MAX_LINES:
         lines = [*lines[: MAX_LINES - 1], "  … and more: see status, reason and detail in the manifest"]
     return [f"{len(bad)} files are quarantined:", *lines]
+
+
+@contextmanager
+def _kept(earlier: dict[str, Row], rows: list[Row], output: Path | None) -> Iterator[None]:
+    """What was read, now or before, outlives whatever ends the work before the manifest is made."""
+    try:
+        yield
+    except BaseException:
+        if rows and output is not None:
+            known = earlier | {row["path"]: row for row in rows}
+            write_unfinished(pd.DataFrame([*known.values()], columns=list(COLUMNS)), output)
+        raise
+
+
+def _earlier(output: Path | None) -> dict[str, Row]:
+    """By path, the rows that were made for this manifest before."""
+    paths = [] if output is None else [path for path in (output, unfinished(output)) if path.is_file()]
+    return {row["path"]: row for path in paths for row in cast(list[Row], read_manifest(path).to_dict("records"))}
+
+
+def _rows(found: Sequence[Found], earlier: dict[str, Row], num_workers: int | None) -> Iterator[Row]:
+    todo = []
+    for item in found:
+        if row := taken_over(item, earlier.get(str(item.path))):
+            yield row
+        else:
+            todo.append(item)
+    if len(todo) < len(found):
+        console.print(f"{len(found) - len(todo)} of {len(found)} files are as they were, and are not read again.")
+    if num_workers is None:
+        num_workers = min(num_cores(), MAX_WORKERS, len(todo))
+    yield from track(_inspect_all(todo, num_workers), "Reading volumes", len(todo))
+
+
+def _split_table(rows: list[Row], known: pd.DataFrame, test_fraction: float, seed: int) -> pd.DataFrame:
+    """The manifest of what was read and of what labels say."""
+    rows = sorted(rows, key=lambda row: row["path"])
+    known = known.set_index("path").loc[[row["path"] for row in rows]].reset_index()
+    labelled = known[[*FILLED_BY_LABELS, *label_columns(known)]]
+    table = pd.DataFrame(rows, columns=list(COLUMNS)).drop(columns=list(FILLED_BY_LABELS)).join(labelled)
+    table = assign_splits(assign_persons(table), test_fraction, seed)
+    return table[[*COLUMNS, *label_columns(table)]]
 
 
 def _inspect_all(

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,10 +20,10 @@ from umbif.corpus.preprocess import MIN_COVERED, Preparation, PreparedExam, Unus
 from umbif.corpus.processes import each
 from umbif.corpus.readers import BadVolume, Volume, read_volume
 from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode, incomplete
-from umbif.errors import Problem, Stopped, UmbifError, UsageError
+from umbif.errors import Problem, UmbifError, UsageError
 from umbif.files import naming, read_mapping, read_parquet, reading, whole, write_text
 from umbif.machine import num_cores
-from umbif.progress import track
+from umbif.progress import stoppable, track
 
 SHARD_BYTES = 2**30
 TABLE_CURE = "Delete it and give the same umbif prepare command again (every --part): its exams are prepared anew"
@@ -64,7 +62,7 @@ def prepare_corpus(
     _claim(out, manifest, how)
     exams = _exams_of(manifest)[part[0] - 1 :: part[1]]
     stem = f"{part[0]:05d}-of-{part[1]:05d}"
-    with naming(out), _held(out, stem), _stoppable():
+    with naming(out), _held(out, stem), stoppable("prepared"):
         _remove_leftovers(out / "shards", stem)
         before = _prepared(out)
         done = {*before["exam"]} - {*before["exam"][before["reason"].isin(TRIED_AGAIN)]}
@@ -154,23 +152,6 @@ def _held(out: Path, stem: str) -> Iterator[None]:
             yield
     except Timeout:
         raise UmbifError(f"Another process is preparing this part of {out}. Wait for it to end.") from None
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Lets a SIGTERM end the work in order, as Ctrl-C does; where signals can be taken at all, in the main thread."""
-
-    def stop(number: int, _: object) -> None:
-        raise Stopped("Ended by SIGTERM. What is prepared stays; the same command goes on.", number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _remove_leftovers(shards: Path, stem: str) -> None:

@@ -7,6 +7,7 @@ without the rest of its volume.
 
 import errno
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from umbif.errors import Problem, UmbifError, UsageError
+from umbif.errors import Problem, UmbifError, UsageError, nearest
 from umbif.files import naming, read_mapping, read_parquet, reading, refused
 
 ALIGN_BYTES = 4096
@@ -108,12 +109,14 @@ class Corpus:
         folder: What `umbif prepare` wrote.
         cache_bytes: Decoded volumes that each process keeps, of those that it reads first. Nothing makes way for
             others: exams come in random order, so the next to be read may as well be the oldest.
+        sequences: Those that are looked at; None for all. The exams and their people stay who they are.
 
     Raises:
-        UsageError: The folder is no corpus, its preparation has not been finished, or shards are gone or cut.
+        UsageError: The folder is no corpus, its preparation has not been finished, it has not one of the sequences, or
+            shards are gone or cut.
     """
 
-    def __init__(self, folder: str | Path, cache_bytes: float = 0) -> None:
+    def __init__(self, folder: str | Path, cache_bytes: float = 0, sequences: Sequence[str] | None = None) -> None:
         self.folder, self.cache_bytes = Path(folder), cache_bytes
         _check_finished(self.folder)
         self.about = read_mapping(self.folder / ABOUT, ABOUT_CURE)
@@ -124,6 +127,7 @@ class Corpus:
         self.index = read_parquet(self.folder / "index.parquet", INDEX_CURE, columns)
         _check_shards(self.folder, self.index)
         self.exams = self._exam_table()
+        self.looked_at = self._looked_at(sequences)
         starts = self.index.groupby("exam", sort=False).indices
         self._rows = [np.asarray(starts[exam]) for exam in self.exams["exam"]]
         self._column = {name: self.index[name].to_numpy() for name in LOOKED_UP}  # pandas rows cost 0.1 ms each
@@ -146,8 +150,13 @@ class Corpus:
         return {f.name: f for f in (self._frame(int(row)) for row in self._rows[exam])}
 
     def sequences(self, exam: int) -> list[str]:
-        """The sequences an exam has, in the corpus' order."""
-        return [name for name in self.frames(exam) if name not in (BRAIN, TUMOUR)]
+        """The sequences an exam has of those that are looked at, in the corpus' order."""
+        return [name for name in self.frames(exam) if name in self.looked_at]
+
+    def num_sequences(self) -> npt.NDArray[np.int64]:
+        """How many these are, for each row of `exams`."""
+        images = self.index.loc[self.index["name"].isin(self.looked_at), "exam"].value_counts()
+        return np.asarray(images.reindex(self.exams["exam"], fill_value=0), dtype=np.int64)
 
     def read(
         self, frame: Frame, start: tuple[int, int, int], size: tuple[int, int, int], fill: int = 0
@@ -178,6 +187,13 @@ class Corpus:
         x, y, z = (int(n) for n in c["shape"][row])
         numbers = (float(c[name][row]) for name in NUMBERS)
         return Frame(row, str(c["name"][row]), (x, y, z), *numbers)
+
+    def _looked_at(self, sequences: Sequence[str] | None) -> frozenset[str]:
+        there = {*self.index["name"].unique()} - {BRAIN, TUMOUR}
+        if lacking := [name for name in sequences or () if name not in there]:
+            what = "data.sequences names what no exam of the corpus has"
+            raise UsageError([Problem(what, name, nearest(name, there)) for name in lacking])
+        return frozenset(there if sequences is None else sequences)
 
     def _exam_table(self) -> pd.DataFrame:
         per_frame = (*LOOKED_UP, "sequence", "affine", "voxel_sha256", "path")

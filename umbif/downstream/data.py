@@ -8,10 +8,10 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from umbif.corpus.people import digest
 from umbif.corpus.shards import Corpus
-from umbif.downstream.tasks import BinaryLabel, labelled, split_rows, targets
-from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveInt, Seed
+from umbif.downstream.tasks import MISSING, BinaryLabel, labelled, split_rows, targets
+from umbif.ranges import NonNegativeFloat, NonNegativeInt, OpenShare, PositiveInt, Seed, Spellings
 from umbif.stream.exams import Exams, WholeBrainDataset
-from umbif.stream.modules import Position, SlotBatches, data_loader, place
+from umbif.stream.modules import Position, SlotBatches, data_loader, place, tell_left_out
 
 
 class TaskData(pl.LightningDataModule):
@@ -22,6 +22,7 @@ class TaskData(pl.LightningDataModule):
         task: Name of the task, for tables and reports.
         label: Columns and spellings of the label.
         labels: A further table of labels, joined by exam.
+        sequences: Those that the run sees; null for all. Exams with none of them are left out.
         global_batch_size: Exams of a micro-step over all ranks.
         val_fraction: Share of the training people on whom the threshold is chosen.
         num_workers: Reading processes of each rank.
@@ -35,6 +36,7 @@ class TaskData(pl.LightningDataModule):
         task: str,
         label: BinaryLabel,
         labels: str | None = None,
+        sequences: Spellings | None = None,
         global_batch_size: PositiveInt = 8,
         val_fraction: OpenShare = 0.2,
         num_workers: NonNegativeInt = 4,
@@ -42,12 +44,13 @@ class TaskData(pl.LightningDataModule):
         seed: Seed = 0,
     ) -> None:
         super().__init__()
-        self.corpus = Corpus(corpus, cache_gib * 2**30)
+        self.corpus = Corpus(corpus, cache_gib * 2**30, sequences)
+        tell_left_out(self.corpus)
         self.task, self.positive = task, label.positive[0]
         self.global_batch_size, self.num_workers = global_batch_size, num_workers
         self.position = Position(seed)
         self.exams = labelled(self.corpus, labels)
-        self.y = targets(self.exams, label)
+        self.y = np.where(self.corpus.num_sequences() > 0, targets(self.exams, label), MISSING)
         self.parts = split_rows(self.exams, self.y, val_fraction=val_fraction, seed=seed)
 
     def train_dataloader(self) -> DataLoader[Exams]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold
 
-from umbif.corpus.manifest import join_labels
+from umbif.corpus.labels import join_labels
 from umbif.corpus.shards import Corpus
 from umbif.encoders.probing import persons_of_rarest
 from umbif.errors import Problem, UsageError
@@ -28,7 +28,7 @@ def labelled(corpus: Corpus, labels: str | None) -> pd.DataFrame:
     """The corpus' exams with their labels, joined with a further table where one is given."""
     if labels is None:
         return corpus.exams
-    return join_labels(corpus.exams, Path(labels))
+    return join_labels(corpus.exams, Path(labels), fills=("person", "site"))  # who is tested is settled
 
 
 @dataclass(frozen=True, kw_only=True)

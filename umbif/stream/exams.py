@@ -245,8 +245,7 @@ def tumour_centre(corpus: Corpus, exam: int) -> Triple:
 
 def most_sequences(corpus: Corpus) -> int:
     """The corpus' largest number of sequences in an exam: a width that no batch, rank or worker changes."""
-    images = corpus.index[~corpus.index["name"].isin([BRAIN, TUMOUR])]
-    return int(images.groupby("exam").size().max())
+    return int(corpus.num_sequences().max())
 
 
 def person_codes(corpus: Corpus) -> npt.NDArray[np.int64]:

@@ -19,7 +19,7 @@ from umbif.corpus.people import people_of
 from umbif.corpus.shards import TUMOUR, Corpus
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import SHARED_MEMORY, available_memory_bytes, shared_memory_bytes
-from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share
+from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share, Spellings
 from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
 
@@ -58,6 +58,7 @@ class PretrainData(pl.LightningDataModule):
 
     Args:
         corpus: Folder that `umbif prepare` wrote.
+        sequences: Those that the run sees; null for all. Exams with none of them are left out.
         crop_size: Voxels of a crop; multiples of the patch size.
         global_batch_size: Exams of a micro-step over all ranks.
         num_views: Views of each exam.
@@ -75,6 +76,7 @@ class PretrainData(pl.LightningDataModule):
     def __init__(
         self,
         corpus: str,
+        sequences: Spellings | None = None,
         crop_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (96, 96, 96),
         global_batch_size: PositiveInt = 64,
         num_views: PositiveInt = 2,
@@ -93,7 +95,8 @@ class PretrainData(pl.LightningDataModule):
             "num_views": num_views, "disjoint_share": disjoint_share, "keep_probability": keep_probability,
             "max_sequences": max_sequences, "exams_per_place": exams_per_place, "around_tumour": around_tumour,
         }  # fmt: skip
-        self.corpus = Corpus(corpus, cache_gib * 2**30)
+        self.corpus = Corpus(corpus, cache_gib * 2**30, sequences)
+        tell_left_out(self.corpus)
         self.crop_size: Triple = (crop_size[0], crop_size[1], crop_size[2])
         self.global_batch_size, self.num_workers, self.num_val_exams = global_batch_size, num_workers, num_val_exams
         self.position = Position(seed)
@@ -132,8 +135,10 @@ class PretrainData(pl.LightningDataModule):
         """
         exams = self.exams(split)
         if not len(exams):
-            what = "exam with a tumour mask" if self.policy["around_tumour"] else "exam"
-            raise UsageError(Problem(f"the corpus has no {what} in its {split} split", str(self.corpus.folder)))
+            asked = ["a tumour mask"] * self.policy["around_tumour"]
+            asked += [" or ".join(sorted(self.corpus.looked_at))] * (0 in self.corpus.num_sequences())
+            what = " and".join(f" with {thing}" for thing in asked)
+            raise UsageError(Problem(f"the corpus has no exam{what} in its {split} split", str(self.corpus.folder)))
         seed = self.position.seed + (VALIDATION_SEED if split == "test" else 0)
         return CropDataset(self.corpus, exams, crop_size=self.crop_size, seed=seed, **self.policy)
 
@@ -244,9 +249,16 @@ def killed(error: RuntimeError) -> UmbifError | None:
     return UmbifError(f"A reading process was killed ({said.splitlines()[-1]}). {cure}.")
 
 
+def tell_left_out(corpus: Corpus) -> None:
+    """Counts the exams that have none of the sequences that are looked at."""
+    if num_left_out := int((corpus.num_sequences() == 0).sum()):
+        names = ", ".join(sorted(corpus.looked_at))
+        log.info("%d of %d exams have none of %s and are left out", num_left_out, len(corpus), names)
+
+
 def exams_of_split(corpus: Corpus, split: str) -> npt.NDArray[np.int64]:
-    """Rows of `corpus.exams`."""
-    return np.flatnonzero(corpus.exams["split"].to_numpy() == split)
+    """Rows of `corpus.exams` with a sequence that is looked at."""
+    return np.flatnonzero((corpus.exams["split"].to_numpy() == split) & (corpus.num_sequences() > 0))
 
 
 def with_tumour(corpus: Corpus, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
