@@ -3,10 +3,13 @@
 import errno
 import os
 from pathlib import Path
+from unicodedata import normalize
 
+import pandas as pd
 import pytest
 from test_index import brain, rows, save
 
+from umbif.corpus.checks import blank_row
 from umbif.corpus.datasets import parse_name
 from umbif.corpus.folders import find_volumes
 from umbif.corpus.index import build_manifest, summary
@@ -63,12 +66,90 @@ TOGETHER = {
     "P1/P1_t1 P2/P2_t1 rater_b/P1_seg rater_b/P2_seg": {"P1": "t1 tumour_mask", "P2": "t1 tumour_mask"},
     "siteA/P1_t1 siteA/rater_b/P1_seg siteB/P1_t1": {"siteA/P1": "t1 tumour_mask", "siteB/P1": "t1"},
 }  # fmt: skip
+VISITS = {  # of which every exam has its person's name before its session
+    "RHUH-0001/0/RHUH-0001_0_t1ce RHUH-0001/1/RHUH-0001_1_t1ce RHUH-0001/1/RHUH-0001_1_segmentations "
+    "RHUH-0002/0/RHUH-0002_0_t1ce masks/RHUH-0002_0_seg": {
+        "RHUH-0001/0": "t1ce", "RHUH-0001/1": "t1ce tumour_mask", "RHUH-0002/0": "t1ce tumour_mask",
+    },
+    "UCSD-PTGBM-0002_01/UCSD-PTGBM-0002_01_T1post UCSD-PTGBM-0002_01/UCSD-PTGBM-0002_01_BraTS_tumor_seg "
+    "UCSD-PTGBM-0002_02/UCSD-PTGBM-0002_02_T1post UCSD-PTGBM-0003_01/1_T1/x UCSD-PTGBM-0003_01/2_FLAIR/x": {
+        "UCSD-PTGBM-0002/01": "t1ce tumour_mask", "UCSD-PTGBM-0002/02": "t1ce", "UCSD-PTGBM-0003/01": "flair t1",
+    },
+    "100101/100101_time1_t1ce 100101/100101_time2_t1ce 100101/100101_time2_seg": {
+        "100101/time1": "t1ce", "100101/time2": "t1ce tumour_mask",
+    },
+    "OAS1_0001_MR1/OAS1_0001_MR1_t1 OAS1_0001_MR2/OAS1_0001_MR2_t1": {"OAS1_0001/MR1": "t1", "OAS1_0001/MR2": "t1"},
+    "TCGA-02-0006/TCGA-02-0006_1996.08.23_t1 TCGA-02-0006/TCGA-02-0006_1997.08.23_t1": {
+        "TCGA-02-0006/1996-08-23": "t1", "TCGA-02-0006/1997-08-23": "t1",
+    },
+    "P01/P01_ses-1_t1 P01/P01_ses-2_flair P02/P02_ses-3_t2": {"P01/1": "t1", "P01/2": "flair", "P02/3": "t2"},
+    "P1/20200131_t1 P1/20210131_t1": {"P1/20200131": "t1", "P1/20210131": "t1"},
+    "P01/P01_1_t1 P01/P01_2_t1 XY12/XY12_1/t1 XY12/XY12_2/t1": {
+        "P01/1": "t1", "P01/2": "t1", "XY12/1": "t1", "XY12/2": "t1",
+    },
+    "XY12/1/t1 XY12/2/t1 XY13/1/t1": {"XY12/1": "t1", "XY12/2": "t1", "XY13/1": "t1"},
+    "Patient-001/week-000-1/CT1 Patient-001/week-044/CT1": {"Patient-001/000-1": "t1ce", "Patient-001/044": "t1ce"},
+    "P01_pre_t1 P01_pre_flair P01_post_t1 P01_post_flair P01_post_seg": {
+        "P01/pre": "flair t1", "P01/post": "flair t1 tumour_mask",
+    },
+}  # fmt: skip
+PEOPLE = {  # whom a rule for visits, series or protocols would take for one
+    "center01/t1 center01/center01_0007_t1 center01/center01_0008_t1 center02/center02_0007_t1": {
+        "center01": "t1", "center01_0007": "t1", "center01_0008": "t1", "center02_0007": "t1",
+    },
+    "A001_01_t1 A001_02_t1 A001_03_t1 A001_04_t1 A002_01_t1": {
+        "A001_01": "t1", "A001_02": "t1", "A001_03": "t1", "A001_04": "t1", "A002_01": "t1",
+    },
+    "set18/1/t1 set18/2/t1 set18/3/t1 set18/4/t1": {"1": "t1", "2": "t1", "3": "t1", "4": "t1"},
+    "2013/ABC_2013_7_t1 2014/ABC_2014_9_t1": {"ABC_2013_7": "t1", "ABC_2014_9": "t1"},
+    "hospital2/0001_t1 hospital2/0001_flair hospital2/0002_t1": {"0001": "flair t1", "0002": "t1"},
+    "site1/DTI_001/t1 site1/DTI_002/t1 Patient_A_t1 Patient_C_t1": {
+        "DTI_001": "t1", "DTI_002": "t1", "Patient_A": "t1", "Patient_C": "t1",
+    },
+    "p1/GBM-7_T1 p1/GBM-7_T2 p1/GBM-8_T1 p1/GBM-8_T2": {"p1/GBM-7": "t1 t2", "p1/GBM-8": "t1 t2"},
+    "P01_pre_t1 P01_post_t1 P01_flair": {"P01": "flair t1 t1ce"},
+}  # fmt: skip
+SERIES = {  # numbers of series, protocols and folders of one image, none of which is a person or a time
+    "P001/20200101/3_t1_mprage P001/20200101/5_FLAIR": {"P001/20200101": "flair t1"},
+    "XY12/3_t1 XY12/5_flair XY13/4_t1": {"XY12": "flair t1", "XY13": "t1"},
+    "P001/P001_3_t1 P001/P001_5_flair P002/P002_3_t1 P002/P002_4_t2 P002/P002_5_flair": {
+        "P001": "flair t1", "P002": "flair t1 t2",
+    },
+    "XY12/t1_mprage_2 XY12/ep2d_diff_3scan_trace_p2_ADC_4 XY13_t1_20200131_2 XY13_ep2d_diff_3scan_trace_p2_ADC_4": {
+        "XY12": "adc t1", "XY13": "adc t1",
+    },
+    "EGD-0001/1_T1/NIFTI/T1 EGD-0001/4_FLAIR/NIFTI/FLAIR EGD-0001/5_MASK/NIFTI/MASK": {"EGD-0001": "flair other t1"},
+    "S_0001/MPRAGE/2006-01-02/I118671/x S_0001/FLAIR/2006-01-02/I118672/x S_0001/MPRAGE/2007-01-02/I200000/x": {
+        "S_0001/2006-01-02": "flair t1", "S_0001/2007-01-02": "t1",
+    },
+    "002_S_0413/MP-RAGE/2006-05-02_12_31_52.0/I45117/ADNI_002_S_0413_MR_MP-RAGE__br_raw_20060502141733_1_S13_I45117 "
+    "002_S_0413/Axial_FLAIR/2006-05-02_12_44_03.0/I45118/ADNI_002_S_0413_MR_Axial_FLAIR__br_raw_2006050214_1_I45118": {
+        "002_S_0413/2006-05-02": "flair t1",
+    },
+    "100307/unprocessed/3T/T1w_MPR1/100307_3T_T1w_MPR1 100307/unprocessed/3T/T2w_SPC1/100307_3T_T2w_SPC1": {
+        "100307/3T": "t1 t2",
+    },
+    "P7/t2_tse_tra_flair P7/ep2d_diff_3scan_trace_p2_ADC": {"P7": "adc flair"},
+    "1234567/2019-05-03/t1_mprage 1234567/2019-05-03/ep2d_diff_3scan_trace_p2_ADC": {"1234567/2019-05-03": "adc t1"},
+    "P1/gre_t1 P1/tse_t2 P2/gre_t1 P2/tse_t2": {"P1": "t1 t2", "P2": "t1 t2"},
+    "t1_001 flair_001 t1_001_seg t1_002": {"001": "flair t1 tumour_mask", "002": "t1"},
+    "p7/2019-05-03/3_Sag_T1_FSPGR_BRAVO_post p7/2019-05-03/5_AX_T2_FLAIR_FS p7/2019-05-03/t2_tse_tra "
+    "p7/2019-05-03/ep2d_diff_3scan_trace_p2_ADC p7/2019-05-03/t2_tirm_tra_dark-fluid_4mm p7/2019-05-03/DWI_ADC_602 "
+    "p7/2019-05-03/sT1W_3D_TFE_SENSE_401": {"p7/2019-05-03": "adc adc flair flair t1 t1ce t2"},
+}  # fmt: skip
+VOLUMES = {
+    "t2_tirm_tra_dark-fluid": "flair", "t2_spc_da-fl_sag_p2": "flair", "Ax_T1_FSE_+C": "t1ce", "T1_C": "t1ce",
+    "CT1": "t1ce", "DWI_ADC": "adc", "MP-RAGE": "t1", "mp_rage_gd": "t1ce", "FLAIR_in_T1": "flair",
+    "T1_post_seg": "tumour_mask", "tumorMask": "tumour_mask", "segmentations": "tumour_mask",
+    "sub-1_dseg": "tissue_map", "sub-1_label-GM_probseg": "tissue_map", "sub-1_seg-dk_dseg": "tissue_map",
+    "sub-1_label-lesion_dseg": "tumour_mask",
+}  # fmt: skip
 
 
-def exams(root: Path) -> dict[str, str]:
+def exams(root: Path, layout: str | None = None) -> dict[str, str]:
     """The volumes of each exam."""
     found: dict[str, list[str]] = {}
-    for item in find_volumes([root], "D"):
+    for item in find_volumes([root], "D", layout):
         found.setdefault(item.exam.removeprefix("D/"), []).append(item.reason or item.sequence or item.role)
     return {exam: " ".join(sorted(volumes)) for exam, volumes in found.items()}
 
@@ -89,6 +170,83 @@ def test_two_people_or_two_times_are_two_exams(tmp_path, files):
 @pytest.mark.parametrize("files", TOGETHER)
 def test_folders_that_sort_the_volumes_of_an_exam_do_not_part_them(tmp_path, files):
     assert exams(touch(tmp_path, files)) == TOGETHER[files]
+
+
+@pytest.mark.parametrize("files", VISITS)
+def test_visits_are_exams_of_one_person(tmp_path, files):
+    assert exams(touch(tmp_path, files)) == VISITS[files]
+
+
+@pytest.mark.parametrize("files", PEOPLE)
+def test_people_of_like_names_stay_apart(tmp_path, files):
+    assert exams(touch(tmp_path, files)) == PEOPLE[files]
+
+
+@pytest.mark.parametrize("files", SERIES)
+def test_series_and_protocols_are_nobody(tmp_path, files):
+    assert exams(touch(tmp_path, files)) == SERIES[files]
+
+
+def test_volumes_are_known_by_the_names_that_scanners_and_tools_give():
+    root = Path("/data")
+    read = {name: parse_name(root / f"P1/{name}.nii.gz", root)[2:] for name in VOLUMES}
+    assert {name: sequence or role for name, (role, sequence) in read.items()} == VOLUMES
+
+
+def test_of_two_spaces_the_exam_s_own_is_used_and_tissues_are_neither_image_nor_mask(tmp_path):
+    names = "desc-brain_mask space-MNI_desc-brain_mask T1w space-MNI_desc-preproc_T1w dseg space-MNI_label-WM_probseg"
+    first = " ".join(f"sub-01/anat/sub-01_{name}" for name in names.split())
+    files = touch(tmp_path, f"{first} sub-02/anat/sub-02_space-MNI_T1w")
+    assert exams(files) == {
+        "sub-01": "brain_mask other_space other_space t1 tissue_map tissue_map", "sub-02": "t1",
+    }  # fmt: skip
+
+
+def test_one_name_in_two_unicode_spellings_is_one_person(tmp_path):
+    composed, apart = (normalize(spelling, "Müller") for spelling in ("NFC", "NFD"))
+    assert composed != apart
+    touch(tmp_path, f"{composed}/t1 {apart}/flair {apart}/labels/{composed}_seg")
+    assert exams(tmp_path) == {composed: "flair t1 tumour_mask"}
+
+
+def test_a_layout_says_whose_a_file_is_and_sets_aside_what_does_not_fit(tmp_path):
+    export = touch(tmp_path / "export", "4711/MR/20200131/3_t1 4711/MR/20200131/a/b/flair 4711/MR/t2 0815/CT/1/seg")
+    assert exams(export, "{subject}/*/{session}/**") == {
+        "4711/20200131": "flair t1", "4711": "outside_layout", "0815/1": "tumour_mask",
+    }  # fmt: skip
+    sites = touch(tmp_path / "sites", "siteA/1/t1 siteA/1/thin/t2 siteB/2/ep2d_3scan_ADC siteB/notes_t1")
+    assert exams(sites, "*/{subject}/**") == {"1": "t1 t2", "2": "adc", "notes": "outside_layout"}
+    again = touch(tmp_path / "again", "XY1/XY1_2_t1 XY1/XY2_2_t1 x/XY1/XY1_3_t1")
+    assert exams(again, "**/{subject}/{subject}_{session}_*.nii.gz") == {
+        "XY1/2": "t1", "XY2_2": "outside_layout", "XY1/3": "t1",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ("*/{session}/**", r"does not say where the subject stands: got \*/\{session\}/\*\*\. It has \{subject\}"),
+        ("{subject}/{visit}/**", r"braces that mean nothing: got \{visit\}\. It has"),
+        ("{subject}/{session/**", r"braces that mean nothing: got /\{session/"),
+        ("{subject}/*/{session}/**", r"fits no file: got paths below the source such as A9/A9_A9\. It has"),
+    ],
+)
+def test_a_layout_that_cannot_be_meant_is_told_before_a_volume_is_read(tmp_path, layout, message):
+    touch(tmp_path, "P1/Miller2_t1")
+    with pytest.raises(UsageError, match=message) as caught:
+        build_manifest([tmp_path], layout=layout, num_workers=0)
+    assert "Miller" not in str(caught.value)
+
+
+def test_the_summary_shows_how_names_were_read_and_nobody_s_name(tmp_path):
+    files = "Müller-7/2020-01-31/Müller-7_2020-01-31_t1 Øre_12/t1 Øre_12/t1_b 李/t1 李/flair X/Y/t1 Z1/flair V1_2/t1"
+    found = find_volumes([touch(tmp_path, files)], "D")
+    text = summary(pd.DataFrame(map(blank_row, found)).assign(person="x"))
+    assert "1 volumes are a further one of their sequence in one exam" in text
+    lines = text.partition("names were read like this, with A for letters and 9 for digits:\n")[2].splitlines()
+    assert lines[0] == "  A-9/9-9-9/A-9_9-9-9_A9 (1): subject A-9, session 9-9-9"
+    assert lines[5] == "  … and 3 forms more"
+    assert not {*"MülerØ李XYZV"} & {*"".join(lines[:5])} - {*"subject", *"session"}
 
 
 def test_a_mask_that_may_be_of_two_exams_is_set_aside_and_so_are_exams_that_would_share_a_made_name(tmp_path):

@@ -14,7 +14,8 @@ import pytest
 from umbif.corpus import checks, index
 from umbif.corpus.checks import duplicates, inspect
 from umbif.corpus.datasets import parse_name
-from umbif.corpus.folders import Found, find_volumes
+from umbif.corpus.folders import find_volumes
+from umbif.corpus.grouping import Found
 from umbif.corpus.index import _inspect_all, build_manifest, refuse_impossible, refuse_without_images, summary
 from umbif.corpus.labels import join_labels
 from umbif.corpus.manifest import (
@@ -184,6 +185,9 @@ def test_the_summary_names_bad_files_relative_to_the_source(cohort, manifest):
     assert str(cohort) not in text
     many = pd.concat([manifest[manifest["status"] != "ok"]] * 30)
     assert len(summary(many).splitlines()) < 25
+    flat = manifest.assign(flags="flat_cut")
+    assert "volumes end in a plane (flat_cut in flags)" in summary(flat)
+    assert "flat_cut" not in text
 
 
 def _crash_on_bad_name(found: Found) -> dict:
@@ -357,7 +361,7 @@ def test_rows_of_one_exam_that_agree_become_one_and_torn_columns_are_left_out(tm
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("ID,idh\nQ1,0\n", "No row of labels.csv belongs to an exam.*of the form A-99"),
+        ("ID,idh\nQ1,0\n", "No row of labels.csv belongs to an exam.*of the form A-9"),
         ("weight,grade\n1,2\n2,3\n", "No row"),
         ("ID,shape\nP-01,round\n", "has: got shape. Rename"),
         ("ID,idh\nP-01,0\nP-1,1\n", "ambiguous"),

@@ -93,6 +93,7 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
         "umbif index /data/BraTS2021 -o manifest.parquet",
         "umbif index /data/UCSF-PDGM --labels metadata.csv -o manifest.parquet",
         "umbif index a/images b/images --dataset A --dataset B --labels a.csv --labels b.csv",
+        "umbif index /data/export --layout '{subject}/{session}/**'",
     )
 )
 def index(
@@ -104,6 +105,13 @@ def index(
     labels: Annotated[
         list[Path] | None, typer.Option(help="A table (csv, tsv, parquet) with a row per subject; again for more.")
     ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Where paths below SOURCE have subject and session, as '{subject}/*/{session}/**': * is anything in "
+            "one name, ** anything. Files that do not fit are set aside. Default: read from the names."
+        ),
+    ] = None,
     test_fraction: Annotated[float, typer.Option(help="Share held out, of people whose split no label gives.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
@@ -114,7 +122,7 @@ def index(
 
     table = build_manifest(
         source, dataset=dataset, labels=labels or (), test_fraction=test_fraction, seed=seed, num_workers=workers,
-        output=output,
+        output=output, layout=layout,
     )  # fmt: skip
     earlier = write_manifest(table, output)
     print(summary(table))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from umbif.corpus.folders import TOLD_APART, Found
+from umbif.corpus.grouping import TOLD_APART, Found
 from umbif.corpus.readers import BadVolume, read_volume
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """Folders of NIfTI → manifest: what `umbif index` does. Every file is read in full, in processes that may die."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, cast
 import pandas as pd
 
 from umbif.corpus.checks import blank_row, duplicates, inspect, quarantined, taken_over
-from umbif.corpus.folders import LOOKED_FOR, TOLD_APART, Found, find_volumes
+from umbif.corpus.datasets import NIFTI, form
+from umbif.corpus.folders import LOOKED_FOR, find_volumes
+from umbif.corpus.grouping import TOLD_APART, Found
 from umbif.corpus.labels import join_labels, label_problems
 from umbif.corpus.manifest import (
     COLUMNS,
@@ -23,6 +26,7 @@ from umbif.corpus.manifest import (
     unfinished,
     write_unfinished,
 )
+from umbif.corpus.outline import FLAT_CUT
 from umbif.corpus.processes import each
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import num_cores
@@ -31,6 +35,7 @@ from umbif.progress import console, stoppable, track
 Row = dict[str, Any]
 MAX_WORKERS = 16
 MAX_LINES = 20
+MAX_FORMS = 5
 CRASHED = "The process that read the file died, mostly for lack of memory. Try it alone, on a machine with more."
 
 
@@ -43,6 +48,7 @@ def build_manifest(
     seed: int = 0,
     num_workers: int | None = None,
     output: Path | None = None,
+    layout: str | None = None,
 ) -> pd.DataFrame:
     """Reads and judges every NIfTI file of the sources; bad files become quarantined rows, never an error.
 
@@ -55,14 +61,15 @@ def build_manifest(
         num_workers: Processes; 0 reads in this process, None takes one per usable core.
         output: Where the manifest will stand. Files that are as they were when one was written there are not read
             again, and what is read before an end before its time is kept there for the next call.
+        layout: How paths name subject and session, as `{subject}/*/{session}/**`; by default names are read.
 
     Raises:
-        UsageError: A source is missing, none holds a NIfTI file, or a label table does not fit; before any is read.
+        UsageError: A source is missing, none holds a NIfTI file, or layout or labels do not fit; before any is read.
         Stopped: A scheduler's SIGTERM came.
     """
     tables = [Path(table) for table in ([labels] if isinstance(labels, str | Path) else labels)]
     refuse_impossible(test_fraction, tables, output)
-    found = find_volumes([Path(source) for source in sources], dataset)
+    found = find_volumes([Path(source) for source in sources], dataset, layout)
     if not found:
         raise UsageError(Problem("No image was found", ", ".join(map(str, sources)), LOOKED_FOR))
     known = join_labels(pd.DataFrame(map(blank_row, found), columns=list(COLUMNS)), *tables)
@@ -116,14 +123,39 @@ def summary(table: pd.DataFrame) -> str:
         lines.append(f"{num_same} volumes have the voxels of another; their exams count as one person")
     if num_apart := usable[usable["flags"].str.contains(TOLD_APART)]["exam"].nunique():
         lines.append(f"{num_apart} exams have the name of others and are told apart by folders ({TOLD_APART} in flags)")
-    return "\n".join(lines + _quarantine(table))
+    if num_further := usable[usable["sequence"] != "other"].duplicated(["exam", "sequence"]).sum():
+        lines.append(f"{num_further} volumes are a further one of their sequence in one exam")
+    if num_flat := usable["flags"].str.contains(FLAT_CUT).sum():
+        lines.append(f"{num_flat} volumes end in a plane ({FLAT_CUT} in flags), as heads with faces do: look at some")
+    return "\n".join(lines + _forms(table) + _quarantine(table))
+
+
+def _forms(table: pd.DataFrame) -> list[str]:
+    """How names were read, by what they look like: people see a misreading at once, and nobody's name."""
+    good = table[table["status"] == "ok"]
+    common = _common(table)
+    forms = Counter(
+        (form(NIFTI.sub("", os.path.relpath(path, common))), form(subject), form(session))
+        for path, subject, session in zip(good["path"], good["subject"], good["session"], strict=True)
+    )
+    lines = [
+        f"  {path} ({count}): subject {subject}, " + (f"session {session}" if session else "no session")
+        for (path, subject, session), count in forms.most_common(MAX_FORMS)
+    ]
+    if len(forms) > MAX_FORMS:
+        lines.append(f"  … and {len(forms) - MAX_FORMS} forms more")
+    return ["names were read like this, with A for letters and 9 for digits:", *lines] if lines else []
+
+
+def _common(table: pd.DataFrame) -> str:
+    return os.path.commonpath([os.path.dirname(path) for path in table["path"]])
 
 
 def _quarantine(table: pd.DataFrame) -> list[str]:
     bad = table[table["status"] != "ok"]
     if bad.empty:
         return []
-    common = os.path.commonpath([os.path.dirname(path) for path in table["path"]])
+    common = _common(table)
     lines = []
     for reason, files in bad.groupby("reason"):
         lines.append(f"  {reason} ({len(files)}): {files['detail'].iloc[0]}")

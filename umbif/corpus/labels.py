@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from umbif.corpus.datasets import form
 from umbif.corpus.manifest import FILLED_BY_LABELS, IDENTITY
 from umbif.errors import Problem, UsageError
 from umbif.files import reading
@@ -66,11 +67,6 @@ def label_problems(path: Path) -> list[Problem]:
     if path.suffix.lower() not in LABEL_TABLES:
         return [Problem("Label tables are .csv, .tsv or .parquet", path.name, "Save it as CSV.")]
     return []
-
-
-def form_of(name: str) -> str:
-    """`BraTS2021_00006` → `AAAAA9999_99999`: what a name looks like, and nobody's."""
-    return re.sub("[A-Za-z]", "A", re.sub("[0-9]", "9", name))
 
 
 def _labels_of_exams(table: pd.DataFrame, path: Path, fills: Sequence[str]) -> Given:
@@ -192,7 +188,7 @@ def _names_a_key(column: str) -> bool:
 
 
 def _no_row(path: Path, rows: pd.DataFrame, subject: str, passed_over: list[str]) -> Problem:
-    cure = f"One column must hold subjects as the files name them, of the form {form_of(subject)}."
+    cure = f"One column must hold subjects as the files name them, of the form {form(subject)}."
     if len(passed_over) == 1:
         cure += f" Column {passed_over[0]!r} holds bare numbers: call it `subject` if it names them."
     elif passed_over:

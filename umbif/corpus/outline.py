@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, slice, slice]
+FLAT_CUT = "flat_cut"  # flag
 MIN_FACE_BACKGROUND = 0.9  # share of each border face; a head that is not stripped runs out through the neck
 MIN_LONG = 32  # voxels; the last plane of a round thing is a small share of its box only where these are many
 MAX_LAST_PLANE = 0.25  # share of the box; a brain of MIN_LONG planes fills a tenth
@@ -32,7 +33,7 @@ def border_flags(values: Array) -> tuple[str, ...]:
     inside = values != around
     box = inside[bounding_box(inside)]
     long = [axis for axis in range(3) if box.shape[axis] >= MIN_LONG]
-    return ("flat_cut",) if any(face.mean() > MAX_LAST_PLANE for face in _faces(box, long)) else ()
+    return (FLAT_CUT,) if any(face.mean() > MAX_LAST_PLANE for face in _faces(box, long)) else ()
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> Box:
