@@ -17,7 +17,7 @@ from umbif.corpus.people import marks
 from umbif.downstream.finetune import FineTune
 from umbif.downstream.heads import HeadOptions
 from umbif.encoders.vit import ViT3D
-from umbif.encoders.weights import save_encoder
+from umbif.encoders.weights import SEEN, save_encoder
 from umbif.errors import UmbifError, UsageError
 from umbif.fit import fit
 from umbif.recipe.compose import compose
@@ -80,6 +80,25 @@ def test_a_finished_run_is_not_taken_for_one_of_other_labels(corpus_folder, tmp_
         finetuned(corpus_folder, tmp_path, *small, labels=table)
 
 
+def test_a_finished_model_may_be_given_its_name_and_its_labels_may_be_gone(corpus_folder, tmp_path):
+    small = [FINETUNING[0], "trainer.max_steps=0", *(f"model.encoder.{key}={value}" for key, value in VIT.items())]
+    run = finetuned(corpus_folder, tmp_path, *small)
+    assert finetuned(corpus_folder, tmp_path, *small, "model.model_name=mae") == run
+    assert set(pd.read_parquet(run / "predictions.parquet")["model"]) == {"mae"}
+    recipe = compose(str(run / "recipe.yaml"))
+    (tmp_path / "labels.csv").unlink()
+    assert recipe.tree["model"]["model_name"] == "mae"
+    assert fit(recipe) == run
+
+
+def test_an_encoder_that_has_learnt_nothing_claims_no_exam(corpus_folder, tmp_path):
+    small = [FINETUNING[0], *(f"model.encoder.{key}={value}" for key, value in VIT.items())]
+    none = finetuned(corpus_folder, tmp_path / "none", *small, "trainer.max_steps=0")
+    frozen = finetuned(corpus_folder, tmp_path / "frozen", *small, "trainer.max_steps=1", "model.frozen=true")
+    trained = finetuned(corpus_folder, tmp_path / "trained", *small, "trainer.max_steps=1")
+    assert [(run / "encoder" / SEEN).read_text() != "" for run in (none, frozen, trained)] == [False, False, True]
+
+
 @pytest.mark.parametrize("weights", [None, "run"])
 def test_a_model_is_called_what_it_is(tmp_path, weights):
     save_encoder(ViT3D(**VIT), tmp_path / "run", {})
@@ -98,6 +117,9 @@ def test_what_an_encoder_and_its_forebears_have_learnt_from_is_known_in_any_corp
         built = SimpleNamespace(model=SimpleNamespace(encoder=encoder), data=SimpleNamespace(corpus=corpus))
         assert expected in (said := known_people(built))
         assert bool(said) is bool(expected)
+    (tmp_path / "second" / SEEN).unlink()
+    built.model.encoder = ViT3D(**VIT, weights=str(tmp_path / "second"))
+    assert "came without seen.txt" in known_people(built)
 
 
 def test_an_encoder_of_exams_that_were_prepared_otherwise_is_told(corpus, tmp_path):

@@ -80,6 +80,23 @@ def test_a_run_goes_on_with_its_corpus_wherever_that_lies_and_with_no_other(
     assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [*range(3)]
 
 
+def test_a_finished_run_without_checkpoints_does_not_begin_anew(corpus_folder: Path, tmp_path: Path) -> None:
+    run = fit(small(corpus_folder, tmp_path, 2))
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UmbifError, match="has no checkpoint to go on from"):
+        fit(small(corpus_folder, tmp_path, 3))
+    assert pd.read_csv(run / "metrics.csv")["step"].tolist() == [0, 1]
+
+
+def test_a_run_goes_on_though_recipes_have_gained_a_key_since(corpus_folder: Path, tmp_path: Path) -> None:
+    run = fit(small(corpus_folder, tmp_path, 2))
+    lines = (run / "recipe.yaml").read_text().splitlines()
+    kept = [line for line in lines if line.strip() != "sequences: null"]
+    assert len(kept) == len(lines) - 1
+    (run / "recipe.yaml").write_text("\n".join(kept))
+    assert pd.read_csv(fit(small(corpus_folder, tmp_path, 3)) / "metrics.csv")["step"].tolist() == [0, 1, 2]
+
+
 def test_an_encoder_is_kept_though_no_picture_of_it_can_be_drawn(
     corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,7 +39,11 @@ def doubts(built: Built) -> list[str]:
 
 def known_people(built: Built) -> str:
     """What to say where the encoder has learnt from exams that are held out now; nothing where it has not."""
-    num_exams, num_known = num_held_out(built.data.corpus, seen_by(built.model.encoder))
+    encoder = built.model.encoder
+    loaded: dict[str, Any] = getattr(encoder, "loaded", None) or {}
+    if loaded.get("layout") == "umbif" and encoder.seen is None:
+        return "The encoder came without seen.txt: nobody can tell whether it has learnt from what is held out here"
+    num_exams, num_known = num_held_out(built.data.corpus, seen_by(encoder))
     if not num_known:
         return ""
     cure = "Pretrain again without them, or mistrust the result"

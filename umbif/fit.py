@@ -16,11 +16,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from umbif.agreement import doubts, refuse_disagreement
+from umbif.downstream.finetune import rename_predictions
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, ENCODER_CURE
 from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
 from umbif.files import read_mapping, reading
-from umbif.hardware import Asked, hardware_problems, launcher, launcher_problems
+from umbif.hardware import Asked, cluster_plugins, hardware_problems, launcher_problems
 from umbif.machine import is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
@@ -53,6 +54,7 @@ def fit(recipe: Recipe) -> Path:
     with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
         if finished_steps(folder) >= max_steps:
             refuse_other_people(recipe, folder)
+            _call(folder, recipe)
             console.print(f"{folder} has finished its {max_steps} steps: nothing to do.")
             return folder
         _train(recipe, folder)
@@ -95,7 +97,8 @@ def refuse_other_people(recipe: Recipe, folder: Path) -> None:
         UsageError: Corpus, persons, split or labels are others now.
     """
     about = read_mapping(folder / "encoder" / CONFIG, ENCODER_CURE)
-    if not Path(recipe.tree["data"]["corpus"]).exists():  # staged for a job that has ended
+    places = [recipe.tree["data"].get(name) for name in ("corpus", "labels")]
+    if not all(Path(place).exists() for place in places if place):  # staged for a job that has ended
         return
     data = construct(replace(recipe, tree={**recipe.tree["data"], "run": recipe.tree["run"]}))
     if any(about.get(name, now) != now for name, now in (("corpus", data.corpus.identity), ("people", data.people()))):
@@ -103,10 +106,20 @@ def refuse_other_people(recipe: Recipe, folder: Path) -> None:
         raise UsageError(Problem(what, cure="Choose another run.dir, or delete that folder"))
 
 
+def _call(folder: Path, recipe: Recipe) -> None:
+    """A name is for tables: it may be given when the run has finished."""
+    name = recipe.tree["model"].get("model_name")
+    if name and is_leader() and rename_predictions(folder, name):
+        write_provenance(folder, recipe)
+        console.print(f"Tables call its model {name} now.")
+
+
 def _train(recipe: Recipe, folder: Path) -> None:
     if is_leader():
         remove_leftovers(folder / "checkpoints")
     resume = to_resume(folder)
+    if resume is None and finished_steps(folder) > 0:
+        raise UmbifError(f"{folder} has finished, and has no checkpoint to go on from. Give another run.dir.")
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
     built = build(recipe)
     refuse_disagreement(built)
@@ -170,7 +183,9 @@ def _less_memory(built: Built) -> str:
     cures = ["Lower data.global_batch_size and raise trainer.accumulate_grad_batches by the same factor"]
     cures += ["lower model.max_tokens"] if hasattr(built.model, "max_tokens") else []
     cures += ["set model.encoder.activation_checkpointing=true"] if isinstance(built.model.encoder, ViT3D) else []
-    return f"{', or '.join(cures)}. Once a checkpoint was written, another batch or max_tokens needs another run.dir."
+    said = f"{', or '.join(cures)}. Once a checkpoint was written, another batch or max_tokens needs another run.dir."
+    whole = " Validation and prediction see one whole brain: if that is too much, name fewer data.sequences."
+    return said + whole * hasattr(built.model, "max_tokens")
 
 
 def refuse_untaught(built: Built, num_steps: int, folder: Path) -> None:
@@ -211,7 +226,7 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # else it adds one
             default_root_dir=str(folder),
             logger=loggers,
-            plugins=[AtomicCheckpointIO(), *launcher()],
+            plugins=[AtomicCheckpointIO(), *cluster_plugins()],
             callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
         )
     except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:

@@ -117,7 +117,7 @@ def started() -> Started | None:
     return Started(num, _number("SLURM_NNODES", 1), of_node, SRUN, remark)
 
 
-def launcher() -> list[ClusterEnvironment]:
+def cluster_plugins() -> list[ClusterEnvironment]:
     """What the Trainer is told about SLURM; nothing elsewhere, where it finds out well by itself.
 
     SIGUSR1 would make it put the job into the queue again, with a checkpoint of its own that nothing checks. And one

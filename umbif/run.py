@@ -26,10 +26,11 @@ from umbif.recipe.compose import Recipe, read_tree
 # they are the same is asked of them, and not of their paths.
 MAY_CHANGE = (
     "about", "run.dir", "callbacks", "data.corpus", "data.labels", "data.num_workers", "data.cache_gib",
-    "trainer.max_steps", "model.max_steps", "model.encoder.activation_checkpointing",
+    "trainer.max_steps", "model.max_steps", "model.model_name", "model.encoder.activation_checkpointing",
 )  # fmt: skip
 TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
 ABSENT = "absent"
+GAINED = {"data.sequences": None}  # keys that recipes did not have from the start, and what runs did before
 
 
 @contextmanager
@@ -70,7 +71,7 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.yaml"
     if not path.exists() or not _has_kept(folder):
         return
-    before, now = flat(read_tree(path)), flat(recipe.tree)
+    before, now = (GAINED | flat(tree) for tree in (read_tree(path), recipe.tree))
     problems = [
         Problem(f"{key} was {before.get(key, ABSENT)}, is now {now.get(key, ABSENT)}")
         for key in sorted({*before, *now})

@@ -21,7 +21,7 @@ from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder, write_tensors
-from umbif.files import whole
+from umbif.files import read_parquet, whole
 from umbif.progress import track
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.augment import Augmentation
@@ -166,7 +166,8 @@ class FineTune(pl.LightningModule):
         about |= learnt_from(data.corpus, data.people())
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         write_tensors(head, folder / "head.safetensors")
-        seen = marks(data.corpus, np.concatenate([data.parts["train"], data.parts["val"]]))
+        learnt = trainer.global_step and not self.frozen  # else the encoder is the one that it was
+        seen = marks(data.corpus, np.concatenate([data.parts["train"], data.parts["val"]])) if learnt else ()
         save_encoder(self.encoder, folder / "encoder", {"steps": trainer.global_step, **about}, seen)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -220,6 +221,16 @@ def write_predictions(table: pd.DataFrame, folder: Path) -> Path:
     with whole(path) as aside:
         table.to_parquet(aside, index=False)
     return path
+
+
+def rename_predictions(folder: Path, model: str) -> bool:
+    """Gives the model of a run another name in its predictions; whether it had another."""
+    path = folder / "predictions.parquet"
+    table = read_parquet(path, "Fine-tune again into another run.dir", ["model"]) if path.exists() else pd.DataFrame()
+    if table.empty or (table["model"] == model).all():
+        return False
+    write_predictions(table.assign(model=model), folder)
+    return True
 
 
 def _table(

@@ -8,31 +8,31 @@ from torch import Tensor
 
 def gathered(values: Tensor) -> Tensor:
     """Rows (B, …) of this rank to those of all ranks, in their order; each rank's rows get the gradients of all."""
-    return _Gather.apply(values) if _distributed() else values
+    return _Gather.apply(values) if distributed() else values
 
 
 def gathered_rows(values: Tensor) -> Tensor:
     """The same without a gradient."""
-    return _joined(values) if _distributed() else values
+    return _joined(values) if distributed() else values
 
 
 def summed(values: Tensor) -> Tensor:
     """The sum of the values of all ranks, without a gradient."""
-    if _distributed():
+    if distributed():
         torch.distributed.all_reduce(values)
     return values
 
 
 def from_first(values: Tensor) -> Tensor:
     """Takes the values of the first rank, in place."""
-    if _distributed():
+    if distributed():
         torch.distributed.broadcast(values, 0)
     return values
 
 
 def is_first() -> bool:
     """Whether this is the rank that `from_first` takes from; alone, every process is."""
-    return not _distributed() or torch.distributed.get_rank() == 0
+    return not distributed() or torch.distributed.get_rank() == 0
 
 
 class _Gather(torch.autograd.Function):
@@ -53,5 +53,6 @@ def _joined(values: Tensor) -> Tensor:
     return torch.cat(everywhere)
 
 
-def _distributed() -> bool:
+def distributed() -> bool:
+    """Whether there are other ranks to ask."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from umbif.encoders.gather import distributed
 from umbif.errors import UmbifError
 from umbif.stream.exams import Exams
 
@@ -94,7 +95,7 @@ class Guard:
 
 
 def _on_any_rank(broken: bool, device: torch.device) -> bool:
-    if not _distributed():
+    if not distributed():
         return broken
     flag = torch.tensor(float(broken), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -114,12 +115,8 @@ def _names(batches: list[tuple[Tensor, Tensor, Tensor]]) -> str:
 
 
 def _of_all_ranks(own: list[Any]) -> list[Any]:
-    if not _distributed():
+    if not distributed():
         return own
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
     return [row for rows in everywhere for row in rows]
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

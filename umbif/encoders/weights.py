@@ -61,15 +61,20 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any], seen: It
     class_path = f"{type(encoder).__module__}.{type(encoder).__qualname__}"
     config = {"class_path": class_path, "init_args": encoder.config, **about}
     if loaded := getattr(encoder, "loaded", None):
-        config["started_from"] = {**loaded, "source": Path(loaded["source"]).name}  # a path may name people
+        config["started_from"] = {**loaded, "source": _name_of(Path(loaded["source"]))}
     write_tensors(tensors, folder / WEIGHTS)
     write_text(folder / SEEN, "".join(f"{mark}\n" for mark in sorted({*seen, *seen_by(encoder)})))
     write_text(folder / CONFIG, json.dumps(config, indent=2))  # last: it says that the run has finished
 
 
+def _name_of(source: Path) -> str:
+    """Of a run, not of the `encoder/` in it; and not the whole path, which may name people."""
+    return source.parent.name if source.name == "encoder" else source.name
+
+
 def seen_by(encoder: Any) -> frozenset[str]:
     """Marks of the images that an encoder has learnt from, as far as its weights came with them."""
-    return getattr(encoder, "seen", frozenset())
+    return getattr(encoder, "seen", None) or frozenset()
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -99,7 +104,7 @@ def encoder_folder(path: str | Path) -> Path:
         Problem(
             "model.encoder.weights names no encoder",
             str(path),
-            "Give a finished run (runs/NAME), a folder with model.safetensors and config.json, or a file of weights",
+            f"Give a finished run (runs/NAME), a folder with {WEIGHTS}, {CONFIG} and {SEEN}, or a file of weights",
         )
     )
 
@@ -112,7 +117,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
     """Loads weights, every tensor or none: of a run or folder of ours with the same config, or of a public file.
 
-    What was loaded is kept as `encoder.loaded`, and the marks of what it has learnt from as `encoder.seen`.
+    What was loaded is kept as `encoder.loaded`, and the marks of what it has learnt from as `encoder.seen`,
+    which is None where nothing says so.
 
     Raises:
         UsageError: They do not fit (each difference is named), or the file is damaged.
@@ -125,7 +131,7 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> LoadReport:
         if is_leader():
             console.print(str(report), markup=False)
     setattr(encoder, "loaded", report.as_dict())  # noqa: B010 - an encoder need not declare it
-    setattr(encoder, "seen", _seen(encoder_folder(path)) if file is None else frozenset())  # noqa: B010
+    setattr(encoder, "seen", _seen(encoder_folder(path)) if file is None else None)  # noqa: B010
     return report
 
 
@@ -155,9 +161,10 @@ def _load_ours(encoder: Encoder, folder: Path) -> LoadReport:
     return LoadReport(str(folder), "umbif", sorted(tensors))
 
 
-def _seen(folder: Path) -> frozenset[str]:
+def _seen(folder: Path) -> frozenset[str] | None:
+    """None where the file was not copied with the weights."""
     with reading(folder / SEEN, ENCODER_CURE):
-        return frozenset((folder / SEEN).read_text().split()) if (folder / SEEN).exists() else frozenset()
+        return frozenset((folder / SEEN).read_text().split()) if (folder / SEEN).exists() else None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

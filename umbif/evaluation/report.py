@@ -26,8 +26,12 @@ from umbif.pages.page import data_uri, render, svg, write_page
 
 MEASURES = ("accuracy", "sensitivity", "specificity", "ppv", "npv", "f1")
 PACKAGES = ("umbif", "numpy", "scipy", "statsmodels", "scikit-learn", "pandas", "matplotlib")
-# Of a recipe's model and data. The corpus is asked what it is: each run may have copied it to a disk of its own.
-NO_PART_OF_A_MODEL = ("data.seed", "data.num_workers", "data.cache_gib", "data.corpus")
+# Of a recipe's model and data: what changes no score, and what is asked of the runs themselves. The corpus says what it
+# is, as each run may have copied it to a disk of its own, and tables say what they call a model.
+NO_PART_OF_A_MODEL = (
+    "model.model_name", "model.encoder.activation_checkpointing", "data.corpus", "data.seed", "data.num_workers",
+    "data.cache_gib",
+)  # fmt: skip
 
 
 def write_report(

@@ -218,7 +218,7 @@ class UMBIF(pl.LightningModule):
         if not trainer.is_global_zero:
             return
         about = {"steps": trainer.global_step, **learnt_from(data.corpus, data.people())}
-        seen = marks(data.corpus, data.exams("train"))
+        seen = marks(data.corpus, data.exams("train")) if trainer.global_step else ()
         encoder = self.encoder if self.average is None else self.average.average["encoder"]
         save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", about, seen)
         if self.reconstruction_weight and trainer.global_step:

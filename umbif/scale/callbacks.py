@@ -21,9 +21,15 @@ class TrainingProgress(Callback):
         self.start_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins to count."""
-        self.start_s = self.said_s = time.monotonic()
+        """From which step it counts."""
+        self.start_s = 0.0
         self.start_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Begins with the first batch: a method may have work of its own to do, and to show, before it."""
+        if self.start_s:
+            return
+        self.start_s = self.said_s = time.monotonic()
         if trainer.is_global_zero and sys.stdout.isatty():
             done = BarColumn(bar_width=32), MofNCompleteColumn()
             said, left = TextColumn("{task.fields[said]}"), (TextColumn("left"), TimeRemainingColumn())
@@ -51,7 +57,7 @@ class TrainingProgress(Callback):
         """Ends with the time it took."""
         if self.bar is not None:
             self.bar.stop()
-        if trainer.is_global_zero and self.bar is None:
+        if trainer.is_global_zero and self.bar is None and self.start_s:
             took, step = duration(time.monotonic() - self.start_s), f"step {trainer.global_step}/{trainer.max_steps}"
             print(f"Training  {step}  {self._said(trainer)}  {took}", flush=True)
 

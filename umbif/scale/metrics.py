@@ -60,9 +60,9 @@ class MetricsCSV(Logger):
                 csv.DictWriter(file, self.columns).writerow(self.last)
 
     def _read(self, resumed_step: int) -> None:
-        existing = self._existing()
-        self.columns = list(existing[0]) if existing else self.columns
-        self._rewrite([row for row in existing if int(row["step"]) < resumed_step])
+        kept = [row for row in self._existing() if int(row["step"]) < resumed_step]
+        self.columns = list(kept[0]) if kept else self.columns
+        self._rewrite(kept)
 
     def _existing(self) -> list[dict[str, str]]:
         if not self.path.exists():
