@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from umbif.corpus import prepare, preprocess, shards
-from umbif.corpus.index import build_manifest
+from umbif.corpus.index import build_manifest, summary
 from umbif.corpus.prepare import merge, parse_part, prepare_corpus
 from umbif.corpus.preprocess import Preparation, UnusableExam, is_better, prepare_exam, quantise
 from umbif.corpus.readers import BadVolume, Volume, read_volume
@@ -289,6 +289,20 @@ def test_a_second_mask_is_set_aside_and_replaces_nothing(tmp_path):
     assert "another tumour mask" in bad[1]["detail"]
     found = {row["name"]: blosc2.ndarray_from_cframe(frame)[...] for row, frame in frames}
     assert found[BRAIN].sum() == (ellipsoid(np.int16, 0.3) > 0).sum()
+    assert found[TUMOUR].sum() == (ellipsoid(np.int16, 0.2) > 0).sum()
+
+
+def test_an_automatic_mask_gives_way_to_one_that_a_person_made(tmp_path):
+    for folder in ("images", "a", "b", "c"):
+        (tmp_path / folder).mkdir()
+    save(tmp_path / "images" / "P1_t1.nii.gz", ellipsoid(np.int16))
+    for name, radius in {"a/P1_automated_approx_segm": 0.1, "b/P1_segm": 0.2, "c/P1_segm": 0.3}.items():
+        save(tmp_path / f"{name}.nii.gz", (ellipsoid(np.int16, radius) > 0).astype(np.uint8))
+    manifest = build_manifest([tmp_path], dataset="MASKS", num_workers=0)
+    assert "2 masks are a further one of their kind in one exam" in summary(manifest)
+    frames, bad = prepare._prepare_one(manifest.to_dict("records"), WHOLE)
+    assert [Path(row["path"]).parent.name for row in bad if row["reason"] == "second_mask"] == ["c", "a"]
+    found = {row["name"]: blosc2.ndarray_from_cframe(frame)[...] for row, frame in frames}
     assert found[TUMOUR].sum() == (ellipsoid(np.int16, 0.2) > 0).sum()
 
 

@@ -268,7 +268,7 @@ def test_a_split_that_cannot_be_meant_is_told_without_names():
 
 def test_who_shares_an_image_with_a_test_person_cannot_be_put_into_training(cohort, tmp_path):
     table = table_file(tmp_path, "subject,split\nP-002,test\nX-9,train\n")
-    with pytest.raises(UsageError, match=r"both sides of the split: got 1"):
+    with pytest.raises(UsageError, match=r"both sides of the split: got 1.*Index once without the column to find them"):
         build_manifest([cohort], labels=table, num_workers=0)
     table = table_file(tmp_path, "subject,split\nP-002,test\n")
     split = build_manifest([cohort], labels=table, test_fraction=0, num_workers=0).groupby("subject")["split"].first()
@@ -438,6 +438,41 @@ def test_a_dataset_column_keeps_equal_names_of_data_sets_apart(tmp_path):
     table = rows(("A", "77", ""), ("B", "77", ""))
     joined = join_labels(table, table_file(tmp_path, "dataset,subject,idh\nA,77,0\nB,77,1\n"))
     assert list(joined["idh"]) == ["0", "1"]
+
+
+def test_each_of_several_data_sets_takes_the_labels_of_its_own_table(tmp_path, capsys):
+    table = rows(("A", "1", ""), ("A", "2", ""), ("B", "1", ""), ("C", "3", ""))
+    a = table_file(tmp_path, "subject,idh\n1,of a\n2,of a\n3,of nobody\n", "a.csv")
+    b = table_file(tmp_path, "subject,idh\n1,of b\n2,of nobody\n", "b.csv")
+    assert list(join_labels(table, a, b, datasets=["A", "B"])["idh"]) == ["of a", "of a", "of b", ""]
+    assert "1 of 1 exams of 'B' have a row in b.csv" in capsys.readouterr().out
+    for datasets in (["A"], ["A", "B", "C"]):  # then a table is of all
+        with pytest.raises(UsageError, match="more than one subject"):
+            join_labels(table, a, b, datasets=datasets)
+    with pytest.raises(UsageError, match=r"No row of b.csv belongs to an exam of 'C'.*in the order of --dataset"):
+        join_labels(table, a, b, datasets=["A", "C"])
+    with pytest.raises(UsageError, match=r"no exam for its table: got 'D', with b.csv"):
+        join_labels(table, a, b, datasets=["A", "D"])
+
+
+def test_a_dataset_column_comes_before_the_order_of_tables_and_equal_names_are_one_data_set(tmp_path):
+    table = rows(("A", "1", ""), ("A", "2", ""), ("B", "1", ""))
+    both = table_file(tmp_path, "dataset,subject,idh\nA,1,a\nB,1,b\n", "both.csv")
+    more = table_file(tmp_path, "subject,mgmt\n1,b\n", "more.csv")
+    joined = join_labels(table, both, more, datasets=["A", "B"])
+    assert (list(joined["idh"]), list(joined["mgmt"])) == (["a", "", "b"], ["", "", "b"])
+    one = table_file(tmp_path, "subject,idh\n1,first\n", "one.csv")
+    two = table_file(tmp_path, "subject,idh\n2,second\n", "two.csv")
+    assert list(join_labels(table[:2], one, two, datasets=["A", "A"])["idh"]) == ["first", "second"]
+
+
+def test_sources_tables_and_names_go_together_in_their_order(tmp_path):
+    for number, site in enumerate("ab"):
+        save(tmp_path / site / "images" / "1" / "1_t1.nii.gz", brain(number))
+        table_file(tmp_path, f"subject,idh\n1,of {site}\n", f"{site}.csv")
+    sources, labels = [[tmp_path / f"{site}{rest}" for site in "ab"] for rest in ("/images", ".csv")]
+    table = build_manifest(sources, dataset=["A", "B"], labels=labels, num_workers=0)
+    assert dict(zip(table["exam"], table["idh"], strict=True)) == {"A/1": "of a", "B/1": "of b"}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from umbif.corpus.processes import each
+from umbif.errors import UmbifError
 
 
 def dies_of_three(item: int) -> int:
@@ -26,6 +27,10 @@ def refused_three(item: int) -> int:
     if item == 3:
         raise MemoryError
     return item * 10
+
+
+def cannot_begin() -> None:
+    raise OSError("no library")
 
 
 def no_result(item: int) -> int:
@@ -52,3 +57,11 @@ def test_where_each_item_fits_alone_all_are_done_by_fewer_processes(tmp_path, ca
 def test_an_error_of_the_work_is_raised():
     with pytest.raises(TypeError):
         list(each(dies_of_three, [None], 1, no_result))
+
+
+@pytest.mark.parametrize("items", [[3], range(4)])
+def test_where_no_process_can_begin_no_item_is_set_aside_for_it(items):
+    done = []
+    with pytest.raises(UmbifError, match="No process could work"):
+        done.extend(each(dies_of_three, items, 2, no_result, cannot_begin))
+    assert not done

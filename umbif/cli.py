@@ -103,7 +103,11 @@ def index(
         list[str] | None, typer.Option(help="Name of all sources, or again for each. Default: the folder's.")
     ] = None,
     labels: Annotated[
-        list[Path] | None, typer.Option(help="A table (csv, tsv, parquet) with a row per subject; again for more.")
+        list[Path] | None,
+        typer.Option(
+            help="A table (csv, tsv, parquet) with a row per subject; again for more. As many as names of data sets "
+            "(--dataset) are each of one, in their order."
+        ),
     ] = None,
     layout: Annotated[
         str | None,

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from umbif.corpus.grouping import TOLD_APART, Found
-from umbif.corpus.readers import BadVolume, read_volume
+from umbif.corpus.readers import UNREADABLE, BadVolume, read_volume
 
 if TYPE_CHECKING:
     import pandas as pd
 
-UNREADABLE = "unreadable"  # the reason of a file that the system would not read: it may tomorrow
 READ = (  # what is known of a file by reading it
     "shape", "spacing_mm", "axcodes", "dtype", "bytes", "modified_ns", "voxel_sha256", "status", "reason",
     "detail",

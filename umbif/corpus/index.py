@@ -55,7 +55,8 @@ def build_manifest(
     Args:
         sources: Folders or files.
         dataset: The data set's name, or one for each source; by default the name of each source folder.
-        labels: Tables whose columns are joined to the exams, see `join_labels`.
+        labels: Tables whose columns are joined to the exams; as many as there are names of data sets are each of one,
+            see `join_labels`.
         test_fraction: Share of the persons that makes the test set, among those whose side no label gives.
         seed: Of the split.
         num_workers: Processes; 0 reads in this process, None takes one per usable core.
@@ -72,7 +73,8 @@ def build_manifest(
     found = find_volumes([Path(source) for source in sources], dataset, layout)
     if not found:
         raise UsageError(Problem("No image was found", ", ".join(map(str, sources)), LOOKED_FOR))
-    known = join_labels(pd.DataFrame(map(blank_row, found), columns=list(COLUMNS)), *tables)
+    names = [] if dataset is None or isinstance(dataset, str) else dataset
+    known = join_labels(pd.DataFrame(map(blank_row, found), columns=list(COLUMNS)), *tables, datasets=names)
     assign_splits(assign_persons(known), test_fraction, seed)  # by names alone: what does not fit costs no hours
     earlier = _earlier(output)
     rows: list[Row] = []
@@ -111,20 +113,22 @@ def summary(table: pd.DataFrame) -> str:
     usable = table[(table["role"] == "image") & (table["status"] == "ok")]
     sides = usable.drop_duplicates("exam")["split"].value_counts()
     sequences = usable["sequence"].value_counts()
-    masks = table[(table["role"] != "image") & (table["status"] == "ok")]["role"].value_counts()
+    masks = table[(table["role"] != "image") & (table["status"] == "ok")]
     lines = [
         f"{usable['exam'].nunique()} exams of {usable['person'].nunique()} persons: "
         f"{sides.get('train', 0)} train, {sides.get('test', 0)} test",
         "volumes: " + (", ".join(f"{name} {count}" for name, count in sequences.items()) or "none"),
     ]
     if len(masks):
-        lines.append("masks: " + ", ".join(f"{name} {count}" for name, count in masks.items()))
+        lines.append("masks: " + ", ".join(f"{name} {count}" for name, count in masks["role"].value_counts().items()))
     if num_same := len(duplicates(table)):
         lines.append(f"{num_same} volumes have the voxels of another; their exams count as one person")
     if num_apart := usable[usable["flags"].str.contains(TOLD_APART)]["exam"].nunique():
         lines.append(f"{num_apart} exams have the name of others and are told apart by folders ({TOLD_APART} in flags)")
     if num_further := usable[usable["sequence"] != "other"].duplicated(["exam", "sequence"]).sum():
         lines.append(f"{num_further} volumes are a further one of their sequence in one exam")
+    if num_further := masks.duplicated(["exam", "role"]).sum():
+        lines.append(f"{num_further} masks are a further one of their kind in one exam")
     if num_flat := usable["flags"].str.contains(FLAT_CUT).sum():
         lines.append(f"{num_flat} volumes end in a plane ({FLAT_CUT} in flags), as heads with faces do: look at some")
     return "\n".join(lines + _forms(table) + _quarantine(table))

@@ -31,7 +31,12 @@ Matches = dict[str, list[int]]  # rows of each exam that has any
 Given = dict[str, dict[str, str]]  # column → exam → what its rows say
 
 
-def join_labels(table: pd.DataFrame, *labels: str | Path, fills: Sequence[str] = FILLED_BY_LABELS) -> pd.DataFrame:
+def join_labels(
+    table: pd.DataFrame,
+    *labels: str | Path,
+    fills: Sequence[str] = FILLED_BY_LABELS,
+    datasets: Sequence[str] = (),
+) -> pd.DataFrame:
     """Adds the columns of label tables to the exams, verbatim as text ("" where an exam has no row).
 
     The key column is found by its values: subjects, or subjects with sessions, in any case, with any separators and
@@ -43,14 +48,17 @@ def join_labels(table: pd.DataFrame, *labels: str | Path, fills: Sequence[str] =
         table: A manifest.
         labels: .csv, .tsv or .parquet files.
         fills: Columns of the manifest that they may fill.
+        datasets: Names of data sets. If they are several, and as many as the tables, each table is of the exams of one,
+            in their order, unless it has a column `dataset`. Else each is of all exams.
 
     Raises:
         UsageError: A table cannot be read, matches no exam or more than one, takes a name that is in use, or
             contradicts an earlier one in what it fills.
     """
     given: Given = {}
-    for path in map(Path, labels):
-        for column, values in _labels_of_exams(table, path, fills).items():
+    names = datasets if len(datasets) == len(labels) > 1 else [""] * len(labels)
+    for path, dataset in zip(map(Path, labels), names, strict=True):
+        for column, values in _labels_of_exams(table, path, fills, dataset).items():
             earlier = given.setdefault(column, {})
             _compare(column, earlier, values, path, fills)
             given[column] = values | earlier
@@ -69,11 +77,14 @@ def label_problems(path: Path) -> list[Problem]:
     return []
 
 
-def _labels_of_exams(table: pd.DataFrame, path: Path, fills: Sequence[str]) -> Given:
-    """What one table says of the exams that it knows."""
+def _labels_of_exams(table: pd.DataFrame, path: Path, fills: Sequence[str], dataset: str) -> Given:
+    """What one table says of the exams that it knows; of those of one data set, if it is of one."""
     with reading(path, "Save the table as CSV again"):
         rows = _read(path)
-    matches, key = _match(table, rows, path)
+    of = ""
+    if dataset and "dataset" not in rows:
+        table, of = _exams_of(table, dataset, path), f" of {dataset!r}"
+    matches, key = _match(table, rows, path, of)
     names = [str(column) for column in rows]
     skipped = {key, *IDENTITY, *(name for name in names if name.lower() in SESSION_NAMES)}
     columns = [name for name in names if name not in skipped]
@@ -86,13 +97,21 @@ def _labels_of_exams(table: pd.DataFrame, path: Path, fills: Sequence[str]) -> G
     torn = {column: count for column, count in torn.items() if count}
     _check_torn(torn, columns, fills)
     console.print(
-        f"Labels: {len(matches)} of {table['exam'].nunique()} exams have a row in {path.name}, by column {key!r}.",
+        f"Labels: {len(matches)} of {table['exam'].nunique()} exams{of} have a row in {path.name}, by column {key!r}.",
         markup=False,
     )
     for column, count in torn.items():
         console.print(f"Labels: left out {column!r}; its rows disagree within {count} exams.", markup=False)
     whole = [column for column in columns if column not in torn]
     return {column: {exam: v[0] for exam, v in values[column].items() if v} for column in whole}
+
+
+def _exams_of(table: pd.DataFrame, dataset: str, path: Path) -> pd.DataFrame:
+    own = table[table["dataset"] == dataset]
+    if own.empty:
+        cure = "Look at the sources, or leave out this name with its source and its table."
+        raise UsageError(Problem("A data set has no exam for its table", f"{dataset!r}, with {path.name}", cure))
+    return own
 
 
 def _compare(column: str, earlier: dict[str, str], now: dict[str, str], path: Path, fills: Sequence[str]) -> None:
@@ -155,7 +174,7 @@ def _check_torn(torn: dict[str, int], columns: list[str], fills: Sequence[str]) 
         raise UsageError(Problem("Label rows of one exam disagree", got, cure))
 
 
-def _match(table: pd.DataFrame, rows: pd.DataFrame, path: Path) -> tuple[Matches, str]:
+def _match(table: pd.DataFrame, rows: pd.DataFrame, path: Path, of: str) -> tuple[Matches, str]:
     """The label rows of each exam that has any, and the key column they were found by."""
     exams = table.drop_duplicates("exam")[list(IDENTITY)]
     names = [str(column) for column in rows]
@@ -176,7 +195,7 @@ def _match(table: pd.DataFrame, rows: pd.DataFrame, path: Path) -> tuple[Matches
             best, matches, key = rank, found, column
     if not matches:
         likely = sorted(passed_over, key=lambda column: -passed_over[column])[:MAX_NAMED]
-        raise UsageError(_no_row(path, rows, exams["subject"].iloc[0], likely))
+        raise UsageError(_no_row(path, of, rows, exams["subject"].iloc[0], likely))
     _check_unique(exams, rows, matches, key)
     return matches, key
 
@@ -187,13 +206,14 @@ def _names_a_key(column: str) -> bool:
     return any(NAMES_A_KEY.fullmatch(word) for word in words) and not MEASURES & {*words}
 
 
-def _no_row(path: Path, rows: pd.DataFrame, subject: str, passed_over: list[str]) -> Problem:
-    cure = f"One column must hold subjects as the files name them, of the form {form(subject)}."
+def _no_row(path: Path, of: str, rows: pd.DataFrame, subject: str, passed_over: list[str]) -> Problem:
+    cure = "Give tables in the order of --dataset, or with a column `dataset`. " if of else ""
+    cure += f"One column must hold subjects as the files name them, of the form {form(subject)}."
     if len(passed_over) == 1:
         cure += f" Column {passed_over[0]!r} holds bare numbers: call it `subject` if it names them."
     elif passed_over:
         cure += f" Columns {', '.join(map(repr, passed_over))} hold bare numbers: call the one of subjects `subject`."
-    return Problem(f"No row of {path.name} belongs to an exam", f"columns {', '.join(map(str, rows))}", cure)
+    return Problem(f"No row of {path.name} belongs to an exam{of}", f"columns {', '.join(map(str, rows))}", cure)
 
 
 def _normal(text: str) -> str:

@@ -162,7 +162,8 @@ def _given_sides(table: pd.DataFrame) -> dict[str, str]:
     if num_both := len(pairs) - len({person for person, _ in pairs}):
         cure = (
             "Give all exams of a person one side. Exams that share an image are one person, and so are subjects of one "
-            "name in several folders, unless a column `person` tells them apart."
+            "name in several folders, unless a column `person` tells them apart. Index once without the column to find "
+            "them: they have one `person` in the manifest; nothing is read twice."
         )
         raise UsageError(Problem("Persons stand on both sides of the split", f"{num_both}", cure))
     return dict(pairs)

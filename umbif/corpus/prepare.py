@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
+from umbif.corpus.datasets import WORD
 from umbif.corpus.manifest import SCHEMA, label_columns
 from umbif.corpus.preprocess import MIN_COVERED, Preparation, PreparedExam, UnusableExam, is_better, prepare_exam
 from umbif.corpus.processes import each
-from umbif.corpus.readers import BadVolume, Volume, read_volume
+from umbif.corpus.readers import UNREADABLE, BadVolume, Volume, read_volume
 from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode, incomplete
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.files import naming, read_mapping, read_parquet, reading, whole, write_text
@@ -27,9 +28,13 @@ from umbif.progress import stoppable, track
 
 SHARD_BYTES = 2**30
 TABLE_CURE = "Delete it and give the same umbif prepare command again (every --part): its exams are prepared anew"
-TRIED_AGAIN = ("unreadable", "reader_crashed")  # reasons that lie with the system, and may be gone by the next time
+TRIED_AGAIN = (UNREADABLE, "reader_crashed")  # reasons that lie with the system, and may be gone by the next time
 CRASHED = "The process that prepared the exam died, mostly for lack of memory. Try again on a machine with more."
-SECOND_MASK = "The exam has another {}; the first path is kept. Remove the one that is not meant, and index again."
+AUTOMATIC = {"auto", "automated", "automatic", "approx"}  # in the name of a mask that nobody may have looked at
+SECOND_MASK = (
+    "The exam has another {}; kept is the first path, an automatic one (auto, automated, automatic or approx in its "
+    "name) last. Remove the one that is not meant, and index again."
+)
 TWIN = "The exam has this sequence twice; kept is what holds more of the brain, and of two that hold it the finer one."
 OWN_COLUMNS = ("affine", *LOOKED_UP)  # of an index, beside those of a manifest
 Row = dict[str, Any]
@@ -232,7 +237,7 @@ def _read(files: list[Row], how: Preparation) -> tuple[dict[str, tuple[Row, Volu
     images: dict[str, tuple[Row, Volume]] = {}
     masks: dict[str, Volume] = {}
     bad: list[Row] = []
-    for row in sorted(files, key=lambda row: (row["role"] == "image", row["path"])):  # masks decide about images
+    for row in sorted(files, key=_turn):
         role = row["role"]
         if role in masks:
             bad.append(_quarantined(row, "second_mask", SECOND_MASK.format(role.replace("_", " "))))
@@ -253,6 +258,12 @@ def _read(files: list[Row], how: Preparation) -> tuple[dict[str, tuple[Row, Volu
         images[row["sequence"]] = better
         bad += [_quarantined(lesser[0], "coarser_twin", TWIN)] if lesser is not None else []
     return images, masks, bad
+
+
+def _turn(row: Row) -> tuple[bool, bool, str]:
+    """Masks come first, for they decide about images; of masks, those that a person made."""
+    is_image, words = row["role"] == "image", WORD.findall(Path(row["path"]).name.lower())
+    return is_image, not is_image and not AUTOMATIC.isdisjoint(words), row["path"]
 
 
 def _check_face(volume: Volume, how: Preparation, has_brain_mask: bool) -> None:

@@ -9,9 +9,15 @@ from contextlib import contextmanager
 from multiprocessing import get_all_start_methods, get_context
 from typing import TypeVar
 
+from umbif.errors import UmbifError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TOO_MUCH = (BrokenProcessPool, MemoryError)  # how an item ends that does not fit: the system kills, or refuses
+CANNOT_BEGIN = (
+    "No process could work: each died before it had anything to do. What it said stands above. Try one process alone "
+    '(--workers 0); a script of your own starts the work below `if __name__ == "__main__":`.'
+)
 log = logging.getLogger("umbif")
 
 
@@ -33,18 +39,27 @@ def each(
         num_workers: Processes; 0 works in this one.
         crashed: Result of an item whose process died though it was alone.
         begin: What each process does first.
+
+    Raises:
+        UmbifError: Processes die before they have any item.
     """
     if num_workers == 0:
         yield from ((item, _here(work, item, crashed)) for item in items)
         return
     todo = [*reversed(items)]
+    can_work = False  # as far as is known
     while todo:
         suspects: list[Item] = []
         with _pool(num_workers, begin) as pool:
-            yield from _until_one_dies(pool, work, todo, suspects, num_workers)
+            for done in _until_one_dies(pool, work, todo, suspects, num_workers):
+                can_work = True
+                yield done
         num_died = 0
         for suspect in suspects:
             result, died = _alone(work, suspect, crashed, begin)
+            if died and not can_work:
+                _check_begin(work, begin)
+            can_work = True
             num_died += died
             yield suspect, result
         if suspects and not num_died:
@@ -90,6 +105,19 @@ def _alone(
             return pool.submit(work, item).result(), False
         except TOO_MUCH:
             return crashed(item), True
+
+
+def _check_begin(work: Callable[[Item], Result], begin: Callable[[], object] | None) -> None:
+    """Lets a process begin and do nothing: if it dies of that too, no item is to blame."""
+    with _pool(1, begin) as pool:
+        try:
+            pool.submit(_nothing, work).result()
+        except TOO_MUCH:
+            raise UmbifError(CANNOT_BEGIN) from None
+
+
+def _nothing(work: object) -> None:
+    """To be sent what is to be done is enough: it is imported."""
 
 
 @contextmanager

@@ -24,6 +24,7 @@ SLACK_BYTES = 1 << 16  # some writers pad the last block
 MAX_EXTENSION_BYTES = 1 << 25
 GZIP_MAGIC = b"\x1f\x8b"
 LFS_MAGIC = b"version https://git-lfs"
+UNREADABLE = "unreadable"  # the reason of a file that the system would not read: it may tomorrow
 MIN_DISTINCT = 16  # an image has more grey values than a segmentation has labels
 
 
@@ -125,7 +126,7 @@ def read_volume(path: str | Path, limits: Limits | None = None, *, mask: bool = 
         with open(path, "rb") as file:
             header, data = _read(file, size, limits)
     except OSError as error:
-        raise BadVolume("unreadable", f"The file cannot be read: {error.strerror or type(error).__name__}.") from error
+        raise BadVolume(UNREADABLE, f"The file cannot be read: {error.strerror or type(error).__name__}.") from error
     data = data.reshape(header.shape, order="F")
     flags = header.flags + _voxel_flags(data, header, mask)
     axcodes = "".join(nib.aff2axcodes(header.affine))

@@ -35,7 +35,7 @@ class Exams:
     image: Tensor  # (B, S, X, Y, Z) int16
     scale: Tensor  # (B, S): intensity = image * scale + intercept
     intercept: Tensor  # (B, S)
-    mean: Tensor  # (B, S) of the whole brain, as are the next
+    mean: Tensor  # (B, S) of the brain that the sequence shows, as are the next
     std: Tensor  # (B, S)
     low: Tensor  # (B, S) darkest
     high: Tensor  # (B, S) brightest
