@@ -2,6 +2,7 @@
 
 import errno
 import os
+from itertools import chain
 from pathlib import Path
 from unicodedata import normalize
 
@@ -108,6 +109,19 @@ PEOPLE = {  # whom a rule for visits, series or protocols would take for one
     },
     "p1/GBM-7_T1 p1/GBM-7_T2 p1/GBM-8_T1 p1/GBM-8_T2": {"p1/GBM-7": "t1 t2", "p1/GBM-8": "t1 t2"},
     "P01_pre_t1 P01_post_t1 P01_flair": {"P01": "flair t1 t1ce"},
+    "1_t1 2_t1 3_flair 4_flair": {"1": "t1", "2": "t1", "3": "flair", "4": "flair"},
+    "patients/01_t1 patients/02_t1 controls/03_t1 controls/04_flair": {
+        "01": "t1", "02": "t1", "03": "t1", "04": "flair",
+    },
+    "Meyer_t1 Meyer_flair Meyer-Lueck_t1 Meyer-Lueck_t2 Meyer-Lueck_seg": {
+        "Meyer": "flair t1", "Meyer-Lueck": "t1 t2 tumour_mask",
+    },
+    "TCGA-06-0119_t1 TCGA-06-0119-B_t1 sub1_t2 sub1_rescan_t2 Kim_t1 Kim_Su_t1": {
+        "TCGA-06-0119": "t1", "TCGA-06-0119-B": "t1", "sub1": "t2", "sub1_rescan": "t2", "Kim": "t1", "Kim_Su": "t1",
+    },
+    "101-001_t1 101-002_t1 102-001_t1 S01_P01_t1 S01_P02_t1": {
+        "101-001": "t1", "101-002": "t1", "102-001": "t1", "S01_P01": "t1", "S01_P02": "t1",
+    },
 }  # fmt: skip
 SERIES = {  # numbers of series, protocols and folders of one image, none of which is a person or a time
     "P001/20200101/3_t1_mprage P001/20200101/5_FLAIR": {"P001/20200101": "flair t1"},
@@ -128,6 +142,13 @@ SERIES = {  # numbers of series, protocols and folders of one image, none of whi
     },
     "100307/unprocessed/3T/T1w_MPR1/100307_3T_T1w_MPR1 100307/unprocessed/3T/T2w_SPC1/100307_3T_T2w_SPC1": {
         "100307/3T": "t1 t2",
+    },
+    "4711/3_t1_tra 4711/4_t1_sag 4711/5_t2_tra 4711/6_t2_cor 4711/7_flair 4711/8_ADC 4711/9_t1_gd_tra "
+    "4711/10_t1_gd_sag 4711/11_t1_gd_cor 4712/3_t1_tra 4712/4_flair": {
+        "4711": "adc flair t1 t1 t1ce t1ce t1ce t2 t2", "4712": "flair t1",
+    },
+    "Miller/2020-01-31/3_t1 Miller/2020-01-31/4_t1 Miller/2020-01-31/5_flair Ott/2020-02-01/3_t1 Ott/2020-02-01/6_t2": {
+        "Miller/2020-01-31": "flair t1 t1", "Ott/2020-02-01": "t1 t2",
     },
     "P7/t2_tse_tra_flair P7/ep2d_diff_3scan_trace_p2_ADC": {"P7": "adc flair"},
     "1234567/2019-05-03/t1_mprage 1234567/2019-05-03/ep2d_diff_3scan_trace_p2_ADC": {"1234567/2019-05-03": "adc t1"},
@@ -182,6 +203,45 @@ def test_people_of_like_names_stay_apart(tmp_path, files):
     assert exams(touch(tmp_path, files)) == PEOPLE[files]
 
 
+@pytest.mark.parametrize(
+    ("form", "kinds"),
+    [
+        ("{:03}_{}", {"t1": range(50), "flair": range(10)}),
+        ("siteA/{:03}_{}", {"t1": range(50), "flair": range(10)}),
+        ("hosp1/{:03}_{}", {"t1": range(20), "dwi": range(20, 40)}),
+    ],
+)
+def test_numbered_people_of_whom_most_have_one_image_are_not_series_of_one(tmp_path, form, kinds):
+    names = [form.format(number, kind) for kind, numbers in kinds.items() for number in numbers]
+    assert len(exams(touch(tmp_path, " ".join(names)))) == len({*chain(*kinds.values())})
+
+
+@pytest.mark.parametrize(("form", "num_centres", "num_people"), [("S{:02}_{:02}_t1", 20, 15), ("{}-{:03}_t1", 30, 5)])
+def test_people_numbered_within_centres_are_no_visits_of_the_centre(tmp_path, form, num_centres, num_people):
+    names = [form.format(100 + c, p) for c in range(num_centres) for p in range(num_people)]
+    found = find_volumes([touch(tmp_path, " ".join(names))], "D")
+    assert len({item.subject for item in found}) == num_centres * num_people
+
+
+def test_visits_of_many_are_visits_where_their_numbers_are_few(tmp_path):
+    names = [f"XY{person:03}_{visit:02}_t1" for person in range(12) for visit in range(1, 7)]
+    assert len({item.subject for item in find_volumes([touch(tmp_path, " ".join(names))], "D")}) == 12
+
+
+@pytest.mark.parametrize("slip", ["P20_post_flair", "P01_post_seg"])
+def test_one_slip_of_a_name_makes_no_times_of_pre_and_post(tmp_path, slip):
+    names = [f"P{person:02}_{kind}" for person in range(20) for kind in ("pre_t1", "post_t1", "flair")]
+    found = exams(touch(tmp_path, " ".join([*names, slip])))
+    assert found["P02"] == "flair t1 t1ce"
+    assert {exam.partition("/")[2] for exam in found} == {""}
+
+
+def test_numbers_are_people_of_a_source_whatever_other_sources_there_are(tmp_path):
+    touch(tmp_path, "A/1/t1 A/2/t1 A/3/t1 B/P7/t1")
+    alone, beside = (find_volumes([tmp_path / name for name in names]) for names in ("A", "AB"))
+    assert [item.exam for item in beside] == [*(item.exam for item in alone), "B/P7"] == ["A/1", "A/2", "A/3", "B/P7"]
+
+
 @pytest.mark.parametrize("files", SERIES)
 def test_series_and_protocols_are_nobody(tmp_path, files):
     assert exams(touch(tmp_path, files)) == SERIES[files]
@@ -193,13 +253,9 @@ def test_volumes_are_known_by_the_names_that_scanners_and_tools_give():
     assert {name: sequence or role for name, (role, sequence) in read.items()} == VOLUMES
 
 
-def test_of_two_spaces_the_exam_s_own_is_used_and_tissues_are_neither_image_nor_mask(tmp_path):
-    names = "desc-brain_mask space-MNI_desc-brain_mask T1w space-MNI_desc-preproc_T1w dseg space-MNI_label-WM_probseg"
-    first = " ".join(f"sub-01/anat/sub-01_{name}" for name in names.split())
-    files = touch(tmp_path, f"{first} sub-02/anat/sub-02_space-MNI_T1w")
-    assert exams(files) == {
-        "sub-01": "brain_mask other_space other_space t1 tissue_map tissue_map", "sub-02": "t1",
-    }  # fmt: skip
+def test_maps_of_tissues_are_neither_image_nor_mask(tmp_path):
+    files = touch(tmp_path, "sub-01/anat/sub-01_T1w sub-01/anat/sub-01_dseg sub-01/anat/sub-01_label-WM_probseg")
+    assert exams(files) == {"sub-01": "t1 tissue_map tissue_map"}
 
 
 def test_one_name_in_two_unicode_spellings_is_one_person(tmp_path):
@@ -220,6 +276,22 @@ def test_a_layout_says_whose_a_file_is_and_sets_aside_what_does_not_fit(tmp_path
     assert exams(again, "**/{subject}/{subject}_{session}_*.nii.gz") == {
         "XY1/2": "t1", "XY2_2": "outside_layout", "XY1/3": "t1",
     }  # fmt: skip
+
+
+def test_a_time_that_a_layout_names_is_no_contrast(tmp_path):
+    files = touch(tmp_path, "P01_pre_t1 P01_post_t1 P01_3_t1_post")
+    assert exams(files, "{subject}_{session}_*") == {"P01/pre": "t1", "P01/post": "t1", "P01/3": "t1ce"}
+
+
+def test_a_layout_fits_a_file_of_each_source(tmp_path):
+    touch(tmp_path, "a/P1/MR/Miller_t1 b/P2_Miller_t1 c/P3_t1")
+    sources = [tmp_path / name for name in "abc"]
+    with pytest.raises(UsageError) as caught:
+        find_volumes(sources, layout="{subject}/*/**")
+    told = str(caught.value)
+    assert f"got paths below {sources[1]} such as A9_A_A9" in told
+    assert f"got paths below {sources[2]} such as A9_A9" in told
+    assert f"below {sources[0]}" not in told
 
 
 @pytest.mark.parametrize(

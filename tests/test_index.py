@@ -525,6 +525,62 @@ def test_a_file_that_has_changed_is_read_alone(copied, read):
     assert read == [changed.name] * 2
 
 
+FACE = np.random.default_rng(0).integers(1, 120, (14, 16, 12)).astype(np.int16)  # it ends nowhere
+STRIPPED, MASK = brain(3), (brain(3) > 0).astype(np.uint8)
+SPACES = {  # files of one BIDS exam, and which of them are used
+    "its own comes first": (
+        {"T1w": STRIPPED, "space-MNI_T1w": STRIPPED, "space-MNI_desc-brain_mask": MASK}, ["T1w"],
+    ),
+    "the other one is stripped": ({"T1w": FACE, "space-MNI_desc-brain_T1w": STRIPPED}, ["space-MNI_desc-brain_T1w"]),
+    "the other one has the mask": (
+        {"T1w": FACE, "space-MNI_T1w": FACE, "space-MNI_desc-brain_mask": MASK},
+        ["space-MNI_T1w", "space-MNI_desc-brain_mask"],
+    ),
+    "a mask makes its own usable": (
+        {"T1w": FACE, "desc-brain_mask": MASK, "space-MNI_T1w": STRIPPED}, ["T1w", "desc-brain_mask"],
+    ),
+    "its own is damaged": ({"T1w": None, "space-MNI_T1w": STRIPPED}, ["space-MNI_T1w"]),
+    "one other space, and not two": (
+        {"space-B_T1w": STRIPPED, "space-A_T1w": FACE, "space-C_FLAIR": STRIPPED}, ["space-B_T1w"],
+    ),
+    "a mask alone is no exam": ({"T1w": FACE, "space-MNI_desc-brain_mask": MASK}, ["T1w"]),
+    "T1w is its own by another name": (
+        {"T1w": FACE, "space-T1w_desc-brain_mask": MASK}, ["T1w", "space-T1w_desc-brain_mask"],
+    ),
+}  # fmt: skip
+
+
+def save_bids(folder: Path, names: dict[str, np.ndarray | None]) -> Path:
+    for name, data in names.items():
+        path = folder / f"sub-01/anat/sub-01_{name}.nii"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"") if data is None else save(path, data)
+    return folder
+
+
+def used(table: pd.DataFrame) -> list[str]:
+    return [Path(path).name[len("sub-01_") : -len(".nii")] for path in table.loc[table["status"] == "ok", "path"]]
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_an_exam_is_used_in_one_space_in_which_its_brain_is_known(tmp_path, case):
+    names, expected = SPACES[case]
+    table = build_manifest([save_bids(tmp_path, names)], num_workers=0)
+    assert sorted(used(table)) == sorted(expected)
+    assert {*table["reason"]} <= {"", "other_space", "empty_file"}
+
+
+def test_which_space_is_used_is_asked_anew_though_nothing_is_read_again(tmp_path, read):
+    source = save_bids(tmp_path / "bids", {"T1w": STRIPPED, "space-MNI_T1w": STRIPPED})
+    assert used(indexed(source)) == ["T1w"]
+    save_bids(source, {"T1w": None})
+    read.clear()
+    assert used(indexed(source)) == ["space-MNI_T1w"]
+    save_bids(source, {"T1w": brain(5)})
+    assert used(indexed(source)) == ["T1w"]
+    assert {*read} == {"sub-01_T1w.nii"}
+
+
 def test_what_the_system_would_not_read_is_tried_again(copied, monkeypatch):
     indexed(copied)
     refused = copied / "P-003_t1.nii.gz"

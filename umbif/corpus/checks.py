@@ -12,6 +12,8 @@ from umbif.corpus.readers import UNREADABLE, BadVolume, read_volume
 if TYPE_CHECKING:
     import pandas as pd
 
+OTHER_SPACE = "other_space"  # the reason of a good file that others of its exam put aside: they may be gone now
+USABLE = {"status": "ok", "reason": "", "detail": ""}
 READ = (  # what is known of a file by reading it
     "shape", "spacing_mm", "axcodes", "dtype", "bytes", "modified_ns", "voxel_sha256", "status", "reason",
     "detail",
@@ -49,7 +51,8 @@ def taken_over(found: Found, row: dict[str, Any] | None) -> dict[str, Any] | Non
     if _state(found.path) != {"bytes": row["bytes"], "modified_ns": row["modified_ns"]}:
         return None
     of_voxels = [flag for flag in row["flags"].split(",") if flag not in ("", TOLD_APART)]
-    return blank_row(found) | {name: row[name] for name in READ} | {"flags": ",".join([*found.flags, *of_voxels])}
+    now = {name: row[name] for name in READ} | {"flags": ",".join([*found.flags, *of_voxels])}
+    return blank_row(found) | now | (USABLE if row["reason"] == OTHER_SPACE else {})
 
 
 def _state(path: Path) -> dict[str, int]:

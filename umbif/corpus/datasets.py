@@ -1,7 +1,8 @@
 """Names of files and folders as the field gives them → subject, session, role, sequence."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -35,6 +36,7 @@ WEIGHTED = ("t1", "t1ce", "t2", "flair")
 CONTRAST = {"ce", "gd", "gad", "gadolinium", "contrast", "post", "postcontrast", "km"}
 PRE_POST = {"pre", "post"}
 NEVER_CONTRAST = {"flair", "t2", "dwi", "adc", "swi", "tumour_mask"}
+MIN_TIMES = 0.5  # files in which `pre` or `post` must be a time, for each in which it stands before T1
 BEFORE_CONTRAST = {"pre", "native", "precontrast"}
 # Words about how a volume was made; they belong neither to the exam's name nor to the sequence's.
 MADE = {
@@ -132,11 +134,17 @@ def names_below(path: Path, root: Path) -> list[str]:
     return normalize("NFC", path.relative_to(root).as_posix()).split("/")
 
 
-def says_time(path: Path) -> bool:
-    """Whether `pre` or `post` stands directly before what has no contrast: `P01_post_flair`."""
-    words = _words(_stem(path.name))
+def mean_times(files: Iterable[str]) -> bool:
+    """Whether `pre` and `post` are times in a data set: one `P01_post_flair` beside many `P01_post_t1` is a slip."""
+    said = Counter(_before_kind(file) for file in files)
+    return sum(said[kind] for kind in NEVER_CONTRAST) > MIN_TIMES * said["t1"]
+
+
+def _before_kind(file: str) -> str:
+    """The kind of volume directly before which `pre` or `post` stands in a name: `P01_post_flair`."""
+    words = _words(_stem(file))
     first = _first(words) or 0
-    return first > 0 and words[first - 1] in PRE_POST and NAMED[words[first]] in NEVER_CONTRAST
+    return NAMED[words[first]] if first and words[first - 1] in PRE_POST else ""
 
 
 def form(name: str) -> str:

@@ -2,14 +2,16 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
 
-from umbif.corpus.datasets import NIFTI, Name, form, names_below, parse_name, read_name, says_time
+from umbif.corpus.datasets import NIFTI, PRE_POST, Name, form, mean_times, names_below, read_name
 from umbif.corpus.grouping import Found, grouped, set_aside
+from umbif.corpus.readers import UNREADABLE
 from umbif.errors import Problem, UsageError
 from umbif.files import NOT_MINE
 
@@ -44,7 +46,7 @@ def find_volumes(
 
     Raises:
         UsageError: A source is missing, is a file that is no image, or two sources would share one name; the layout
-            cannot be meant, or fits no file; or names of files are no UTF-8.
+            cannot be meant, or fits no file of a source; or names of files are no UTF-8.
     """
     pattern = read_layout(layout) if layout is not None else None
     roots = [Path(source).resolve() for source in sources]
@@ -132,35 +134,52 @@ def _walk(root: Path) -> Iterator[tuple[Path, str]]:
 def _found(file: File, name: Name) -> Found:
     reason = detail = ""
     if file.problem:
-        reason, detail = "unreadable", f"This folder cannot be read, so its files are missing here: {file.problem}."
+        reason, detail = UNREADABLE, f"This folder cannot be read, so its files are missing here: {file.problem}."
     elif os.path.islink(file.path) and not file.path.resolve().is_relative_to(file.root):
         reason, detail = "symlink_outside", "This link leads out of the source. Index the folder that holds the files."
     return Found(file.path, file.dataset, *name, reason=reason, detail=detail)
 
 
 def _as_named(files: list[File]) -> list[Found]:
-    timed = {file.dataset for file in files if says_time(file.path)}
+    names: defaultdict[str, list[str]] = defaultdict(list)
+    for file in files:
+        names[file.dataset].append(file.path.name)
+    timed = {dataset for dataset, several in names.items() if mean_times(several)}
     read = {file.path: read_name(file.path, file.root, file.dataset in timed) for file in files}
     found = [_found(file, read[file.path][0]) for file in files]
-    base = Path(os.path.commonpath([file.root for file in files])) if files else Path()
     whose = {path: of for path, (_, of) in read.items()}
-    usable = grouped([item for item in found if not item.reason], whose, base)
+    usable = grouped([item for item in found if not item.reason], whose, {file.path: file.root for file in files})
     return [*usable, *(item for item in found if item.reason)]
 
 
 def _laid_out(files: list[File], layout: re.Pattern[str]) -> list[Found]:
-    found, places = [], []
+    matches = {file.path: layout.fullmatch(_place(file)) for file in files}
+    _check_fits([file for file in files if not file.problem], matches)
+    return [_fitted(file, matches[file.path]) for file in files]
+
+
+def _place(file: File) -> str:
+    return NIFTI.sub("", "/".join(names_below(file.path, file.root)))
+
+
+def _check_fits(files: list[File], matches: Mapping[Path, re.Match[str] | None]) -> None:
+    """Of each source a file has to fit: a layout that is meant for one of several would leave the others out."""
+    fitting = {file.root for file in files if matches[file.path]}
+    others: dict[Path, str] = {}
     for file in files:
-        item = _found(file, parse_name(file.path, file.root))
-        places.append(NIFTI.sub("", "/".join(names_below(file.path, file.root))))
-        if match := layout.fullmatch(places[-1]):
-            exam = match.groupdict()
-            item = replace(item, subject=exam["subject"], session=exam.get("session", ""))
-        elif not item.reason:
-            reason, detail = "outside_layout", "Its path below the source does not fit --layout."
-            item = replace(item, reason=reason, detail=detail)
-        found.append(item)
-    if places and all(item.reason == "outside_layout" for item in found):
-        got = f"paths below the source such as {form(places[0])}"
-        raise UsageError(Problem("--layout fits no file", got, LAYOUT_CURE))
-    return found
+        if file.root not in fitting:
+            others.setdefault(file.root, form(_place(file)))
+    is_one = len({file.root for file in files}) == 1
+    got = [f"paths below {'the source' if is_one else root} such as {place}" for root, place in others.items()]
+    if got:
+        raise UsageError([Problem("--layout fits no file", paths, LAYOUT_CURE) for paths in got])
+
+
+def _fitted(file: File, match: re.Match[str] | None) -> Found:
+    exam = match.groupdict() if match else {}
+    session = exam.get("session", "")
+    item = _found(file, read_name(file.path, file.root, timed=session.lower() in PRE_POST)[0])
+    if match:
+        return replace(item, subject=exam["subject"], session=session)
+    reason, detail = "outside_layout", "Its path below the source does not fit --layout."
+    return item if item.reason else replace(item, reason=reason, detail=detail)

@@ -1,5 +1,6 @@
 """Which files are one exam, and which of them are set aside. Light imports: worker processes read this."""
 
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, MutableMapping
@@ -24,10 +25,13 @@ from umbif.corpus.datasets import (
 TOLD_APART = "told_apart"  # flag of files whose exam has its name from their folders too
 MARK = re.compile(r"(?:^|[/_-])(ses|visit|timepoint|tp|week|fu)(?:sion)?[_-]?\d", re.IGNORECASE)
 ENDED = re.compile(rf"(?P<subject>.+)[_-](?P<session>{ENDING.pattern})", re.IGNORECASE)
+CENTRE = re.compile(r"(.*\D)?\d{1,3}")
 IMAGE_ID = re.compile(r"[a-z]?\d{4,}", re.IGNORECASE)
-SPACE = re.compile(r"sub-.*_space-[a-z0-9]+", re.IGNORECASE)
 FEW_TIMES = 3  # that a data set of few people may have
+MIN_PEOPLE = 2  # for each of their times: a centre has more people than there are centres, and people fewer visits
 MANY_SERIES = 100  # of one exam
+# Further images of a kind for each that exams have, above which names are people. An exam often has T1 in two planes.
+MANY_SERIES_TWINS, MANY_PROTOCOL_TWINS = 1.0, 0.5
 Folders = tuple[str, ...]
 
 
@@ -63,31 +67,24 @@ Kind = tuple[str, str, str]  # exam, role, sequence
 Named = MutableMapping[tuple[Exam, str], set[str]]  # whose it would be, by what it is named now → kinds of image
 
 
-def grouped(found: list[Found], whose: Mapping[Path, Whose], base: Path) -> list[Found]:
+def grouped(found: list[Found], whose: Mapping[Path, Whose], roots: Mapping[Path, Path]) -> list[Found]:
     """The files with the subjects and sessions that they have beside each other.
 
     Args:
         found: Files as each is read alone.
         whose: What else their names say.
-        base: The folder that holds them all.
+        roots: The source of each.
     """
+    base = Path(os.path.commonpath([*roots.values()])) if roots else Path()
     found = _without_protocols(_without_series(found, whose), whose)
-    return _told_apart(_with_sessions(found, base), {path: of.unused for path, of in whose.items()}, base)
+    return _told_apart(_with_sessions(found, roots), {path: of.unused for path, of in whose.items()}, base)
 
 
 def set_aside(found: list[Found]) -> list[Found]:
-    """With reasons for what is no image or mask to use, or is there twice: the volume's own space comes first."""
-    own_space = {_kind(item) for item in found if not item.reason and not SPACE.match(item.path.name)}
-    return [item if item.reason else _judged(item, own_space) for item in found]
-
-
-def _judged(item: Found, own_space: set[Kind]) -> Found:
-    reason = detail = ""
-    if item.role == "tissue_map":
-        reason, detail = "tissue_map", "A map of tissues. A tumour's mask has `lesion`, `tumor` or `_seg` in its name."
-    elif SPACE.match(item.path.name) and _kind(item) in own_space:
-        reason, detail = "other_space", "The exam has the same in its own space, without `space-` in its name."
-    return replace(item, reason=reason, detail=detail)
+    """With reasons for what is no image or mask to use."""
+    reason, detail = "tissue_map", "A map of tissues. A tumour's mask has `lesion`, `tumor` or `_seg` in its name."
+    is_map = [item.role == "tissue_map" and not item.reason for item in found]
+    return [replace(item, reason=reason, detail=detail) if of else item for item, of in zip(found, is_map, strict=True)]
 
 
 def _kind(item: Found) -> Kind:
@@ -99,15 +96,15 @@ def _without_series(found: list[Found], whose: Mapping[Path, Whose]) -> list[Fou
     numbers: defaultdict[str, Named] = defaultdict(lambda: defaultdict(set))
     for item in found:
         if item.role == "image" and (series := whose[item.path].series):
-            numbers[item.dataset][series, item.exam].add(item.sequence)
+            number = item.session if item.subject == series[0] else item.subject
+            numbers[item.dataset][series, number].add(item.sequence)
     of_series = {dataset for dataset, kinds in numbers.items() if _are_series(kinds)}
     return [_renamed(item, whose[item.path].series if item.dataset in of_series else None) for item in found]
 
 
 def _without_protocols(found: list[Found], whose: Mapping[Path, Whose]) -> list[Found]:
     """`XY12/ep2d_3scan_trace` is of `XY12` where other files are, and names are hardly ever of two kinds of image."""
-    known = {(item.dataset, item.subject) for item in found if not whose[item.path].protocol}
-    of_known = {item.path: _known(item, whose[item.path].protocol, known) for item in found}
+    of_known = _of_known(found, {path: of.protocol for path, of in whose.items()})
     names: defaultdict[str, Named] = defaultdict(lambda: defaultdict(set))
     for item in found:
         if exam := of_known[item.path]:
@@ -124,17 +121,44 @@ def _known(item: Found, exam: Exam | None, known: set[tuple[str, str]]) -> Exam 
     return next((exam for exam in exams if (item.dataset, exam[0]) in known), None)
 
 
+def _of_known(found: list[Found], protocols: Mapping[Path, Exam | None]) -> dict[Path, Exam | None]:
+    """For each file the exam that it may be of; `Meyer-Lueck` is not `Meyer` where both have one kind of image."""
+    known = {(item.dataset, item.subject) for item in found if not protocols[item.path]}
+    exams = {item.path: _known(item, protocols[item.path], known) for item in found}
+    images = [item for item in found if item.role == "image" and item.sequence != "other"]
+    taken = {(item.dataset, item.subject, item.session, item.sequence) for item in images if not exams[item.path]}
+    people = {(item.dataset, item.subject) for item in images
+              if (exam := exams[item.path]) and (item.dataset, *exam, item.sequence) in taken}  # fmt: skip
+    for item in found:  # all that such a person has
+        if (item.dataset, item.subject) in people and not protocols[item.path]:
+            exams[item.path] = None
+    return exams
+
+
 def _are_series(numbers: Named) -> bool:
-    """By exam and number, with the kinds of image that each has; where all are of one kind, they are people."""
+    """By exam and number, with the kinds of image that each has; where all are of one kind, they are people.
+
+    So they are where an exam has a kind twice, and no two exams have a number in common, as scanners would give them.
+    """
     num_kinds = len({*chain(*numbers.values())})
-    num_in_exam = max(Counter(exam for exam, _ in numbers).values())
-    return num_kinds > 1 and num_in_exam <= MANY_SERIES and _have_one_kind(numbers)
+    exams = Counter(exam for exam, _ in numbers)
+    if num_kinds == 1 or max(exams.values()) > MANY_SERIES or not _have_one_kind(numbers):
+        return False
+    known = {name: kinds - {"other"} for name, kinds in numbers.items()}  # of which an exam has many series
+    is_each_once = len(exams) > 1 and len({number for _, number in numbers}) == len(numbers)
+    return _are_few_twins(known, 0 if is_each_once else MANY_SERIES_TWINS)
 
 
 def _are_protocols(names: Named) -> bool:
-    """By exam and name; where an exam has a kind of image under many names, they are people."""
-    kinds = Counter((exam, kind) for (exam, _), several in names.items() for kind in several)
-    return 2 * kinds.total() < 3 * len(kinds) and _have_one_kind(names)
+    """By exam and name, with the kinds of image that each has."""
+    return _are_few_twins(names, MANY_PROTOCOL_TWINS) and _have_one_kind(names)
+
+
+def _are_few_twins(names: Mapping[tuple[Exam, str], set[str]], allowed: float) -> bool:
+    """Whether exams hardly ever have a kind of image under several names: else these are people."""
+    counts = Counter((exam, kind) for (exam, _), several in names.items() for kind in several)
+    num_twins = counts.total() - len(counts)
+    return num_twins == 0 or num_twins < allowed * len(counts)
 
 
 def _have_one_kind(names: Named) -> bool:
@@ -146,29 +170,36 @@ def _renamed(item: Found, exam: Exam | None) -> Found:
     return replace(item, subject=exam[0], session=exam[1]) if exam else item
 
 
-def _with_sessions(found: list[Found], base: Path) -> list[Found]:
+def _with_sessions(found: list[Found], roots: Mapping[Path, Path]) -> list[Found]:
     """`UCSD-PTGBM-0002_01`, `…_02`: endings of few kinds that names share are times, and nobody's number."""
-    split = {item.path: _ended(item, base) for item in found}
+    split = {item.path: _ended(item, roots[item.path]) for item in found}
     endings: defaultdict[str, defaultdict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for item in found:
-        if exam := split[item.path]:
+        if (exam := split[item.path]) and not _is_of_centre(exam):
             endings[item.dataset][exam[0]].add(exam[1])
     timed = {dataset for dataset, of_subjects in endings.items() if _are_times(of_subjects)}
     known = {(item.dataset, item.subject, item.session) for item in found}
     named = []
     for item in found:
         exam = split[item.path]
-        is_time = exam and (item.dataset in timed or (item.dataset, *exam) in known)
-        named.append(_renamed(item, exam if is_time else None))
+        is_alike = item.dataset in timed and not (exam and _is_of_centre(exam))
+        named.append(_renamed(item, exam if exam and (is_alike or (item.dataset, *exam) in known) else None))
     return named
 
 
-def _ended(item: Found, base: Path) -> Exam | None:
+def _is_of_centre(exam: Exam) -> bool:
+    """`101-001` and `S01_P01` are people of a centre, as trials number them; `P001-001` is a visit."""
+    centre, number = exam
+    is_trial = CENTRE.fullmatch(centre) and re.fullmatch(r"\d{3}", number) and not PERSON.fullmatch(centre)
+    return bool(is_trial or PERSON.fullmatch(number))
+
+
+def _ended(item: Found, root: Path) -> Exam | None:
     """Its subject in two, after a number or the name of a folder; or its folder and a small number: `XY12/1/t1`."""
     match, is_small = ENDED.fullmatch(item.subject), re.fullmatch(r"\d{1,2}", item.subject)
     if item.session or not (match or is_small):
         return None
-    folders = names_below(item.path, base)[:-1]
+    folders = names_below(item.path, root)[:-1]
     if match and (match["subject"][-1].isdigit() or match["subject"] in folders):
         return match["subject"], match["session"]
     if is_small and item.subject in folders:
@@ -179,7 +210,7 @@ def _ended(item: Found, base: Path) -> Exam | None:
 
 def _are_times(endings: Mapping[str, set[str]]) -> bool:
     num_kinds = len({*chain(*endings.values())})
-    return max(map(len, endings.values())) > 1 and num_kinds <= max(FEW_TIMES, len(endings))
+    return max(map(len, endings.values())) > 1 and num_kinds <= max(FEW_TIMES, len(endings) // MIN_PEOPLE)
 
 
 def _told_apart(found: list[Found], unused: Mapping[Path, str], base: Path) -> list[Found]:

@@ -28,6 +28,7 @@ from umbif.corpus.manifest import (
 )
 from umbif.corpus.outline import FLAT_CUT
 from umbif.corpus.processes import each
+from umbif.corpus.spaces import in_one_space
 from umbif.errors import Problem, UmbifError, UsageError
 from umbif.machine import num_cores
 from umbif.progress import console, stoppable, track
@@ -203,7 +204,7 @@ def _rows(found: Sequence[Found], earlier: dict[str, Row], num_workers: int | No
 
 def _split_table(rows: list[Row], known: pd.DataFrame, test_fraction: float, seed: int) -> pd.DataFrame:
     """The manifest of what was read and of what labels say."""
-    rows = sorted(rows, key=lambda row: row["path"])
+    rows = in_one_space(sorted(rows, key=lambda row: row["path"]))
     known = known.set_index("path").loc[[row["path"] for row in rows]].reset_index()
     labelled = known[[*FILLED_BY_LABELS, *label_columns(known)]]
     table = pd.DataFrame(rows, columns=list(COLUMNS)).drop(columns=list(FILLED_BY_LABELS)).join(labelled)
