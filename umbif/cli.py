@@ -76,7 +76,7 @@ def cp(recipe: RecipeName, dest: Annotated[Path, typer.Argument(help="The new fi
     following(typed("umbif", "check", written), typed("umbif", "fit", written))
 
 
-@app.command(epilog=example("umbif check pretrain/umbif_tiny data.corpus=corpus"))
+@app.command(epilog=example("umbif check pretrain/umbif_vitb data.corpus=corpus"))
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Finds what would fail, before it costs an hour: names, types, folders, one batch."""
     from umbif.check import check_recipe
@@ -100,13 +100,14 @@ def index(
     source: Annotated[list[Path], typer.Argument(help="Folders of NIfTI files.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The manifest.")] = Path("manifest.parquet"),
     dataset: Annotated[
-        list[str] | None, typer.Option(help="Name of all sources, or again for each. Default: the folder's.")
+        list[str] | None,
+        typer.Option(help="Name of the data set: once for all sources, or for each, in order. Default: the folder's."),
     ] = None,
     labels: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A table (csv, tsv, parquet) with a row per subject; again for more. As many as names of data sets "
-            "(--dataset) are each of one, in their order."
+            help="A table (csv, tsv, parquet) with a row per subject or session; again for more. Given as often as "
+            "--dataset (twice or more), each is of one data set, in that order; else each is of all."
         ),
     ] = None,
     layout: Annotated[
@@ -118,7 +119,7 @@ def index(
     ] = None,
     test_fraction: Annotated[float, typer.Option(help="Share held out, of people whose split no label gives.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores, 16 at most.")] = None,
 ) -> None:
     """Reads every volume of a folder tree, checks it, groups exams, splits people. Goes on where it stopped."""
     from umbif.corpus.index import build_manifest, refuse_without_images, summary
@@ -153,7 +154,7 @@ def prepare(
     merge: Annotated[bool, typer.Option("--merge", help="Publish the parts that were prepared.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
 ) -> None:
-    """Makes a corpus of a manifest: aligned, cropped, compressed, checked. Goes on where it stopped."""
+    """Makes a corpus of a manifest: one grid an exam, cut to the brain, compressed. Goes on where it stopped."""
     from umbif.corpus import prepare as engine
     from umbif.corpus.manifest import read_manifest
     from umbif.recipe.build import construct
@@ -178,10 +179,10 @@ def prepare(
 
 @app.command(
     epilog=example(
-        "umbif fit pretrain/umbif_tiny data.corpus=corpus",
+        "umbif fit pretrain/umbif_vitb data.corpus=corpus",
         "umbif fit finetune/idh data.corpus=corpus model.encoder.weights=runs/umbif_vitb",
-        "umbif fit finetune/idh encoder=vits_1mm data.corpus=corpus model.encoder.weights=runs/umbif_vits",
-        "umbif fit pretrain/umbif_tiny trainer.max_steps=1000      the same command again goes on",
+        "umbif fit finetune/idh encoder=vits_1mm model.encoder.weights=runs/umbif_vits data.corpus=corpus run.dir=x",
+        "umbif fit pretrain/umbif_vitb data.corpus=corpus trainer.max_steps=200000      the same command again goes on",
     )
 )
 def fit(recipe: RecipeName, overrides: Overrides = None) -> None:
@@ -232,7 +233,7 @@ def phantom(
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     null: Annotated[bool, typer.Option("--null", help="Shuffle the labels: nothing can be learnt.")] = False,
     healthy: Annotated[float, typer.Option(help="Share of the people that have no tumour.")] = 0.0,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes. Default: all cores.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: all cores.")] = None,
 ) -> None:
     """Writes synthetic glioma exams with known truth, as a hospital would: NIfTI files and a label table."""
     from umbif.corpus.phantom import write_phantom
@@ -240,7 +241,11 @@ def phantom(
     labels = write_phantom(
         output, exams, spacing_mm=spacing, seed=seed, null=null, healthy=healthy, num_workers=workers
     )
-    following(typed("umbif", "index", output, "--labels", labels, "-o", "manifest.parquet"))
+    prepare = ["--recipe", "prepare/brain_2mm"] if spacing == 2 else []
+    following(
+        typed("umbif", "index", output, "--labels", labels, "-o", "manifest.parquet"),
+        typed("umbif", "prepare", "manifest.parquet", "-o", "corpus", *prepare),
+    )
 
 
 @app.command(epilog=example("umbif demo", "umbif demo --null -o runs/null"))

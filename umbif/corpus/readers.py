@@ -370,7 +370,10 @@ def _voxel_flags(data: np.ndarray, header: _Header, mask: bool) -> tuple[str, ..
     if low == high and not mask:
         raise BadVolume("constant", f"All voxels are {reals[0]:g}. The step that wrote the file failed.")
     if not mask and (num_labels := _num_labels(data)):
-        detail = f"Only {num_labels} different whole numbers: a segmentation, not an image. Name it ..._seg."
+        detail = (
+            f"Only {num_labels} different whole numbers: not an image. Name it ..._brain_mask if it is the brain's, "
+            "..._seg if it is the tumour's."
+        )
         raise BadVolume("label_map", detail)
     flags = (("empty_mask",) if low == high else ()) + (("negative_values",) if min(reals) < 0 else ())
     return flags if mask else flags + border_flags(data)
