@@ -358,6 +358,7 @@ def test_a_preparation_that_is_ended_keeps_every_whole_exam(
             os.kill(os.getpid(), end)
         return prepare_one(rows, how)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
     monkeypatch.setattr(prepare, "_prepare_one", ended_at_the_third)
     with pytest.raises(error):
         prepare_corpus(manifest, tmp_path, preparation, num_workers=0)
