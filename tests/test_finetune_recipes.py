@@ -120,6 +120,9 @@ def test_what_an_encoder_and_its_forebears_have_learnt_from_is_known_in_any_corp
     (tmp_path / "second" / SEEN).unlink()
     built.model.encoder = ViT3D(**VIT, weights=str(tmp_path / "second"))
     assert "came without seen.txt" in known_people(built)
+    save_encoder(built.model.encoder, tmp_path / "third", {}, marks(corpus, train))
+    built.model.encoder = ViT3D(**VIT, weights=str(tmp_path / "third"))  # whose list would leave out the first two's
+    assert "came without seen.txt" in known_people(built)
 
 
 def test_an_encoder_of_exams_that_were_prepared_otherwise_is_told(corpus, tmp_path):

@@ -167,6 +167,12 @@ VOLUMES = {
 }  # fmt: skip
 
 
+EXAMS = {
+    "two people or two times": LAYOUTS, "folders that sort": TOGETHER, "visits": VISITS, "people of like names": PEOPLE,
+    "series and protocols": SERIES,
+}  # fmt: skip
+
+
 def exams(root: Path, layout: str | None = None) -> dict[str, str]:
     """The volumes of each exam."""
     found: dict[str, list[str]] = {}
@@ -183,24 +189,9 @@ def touch(root: Path, files: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize("files", LAYOUTS)
-def test_two_people_or_two_times_are_two_exams(tmp_path, files):
-    assert exams(touch(tmp_path, files)) == LAYOUTS[files]
-
-
-@pytest.mark.parametrize("files", TOGETHER)
-def test_folders_that_sort_the_volumes_of_an_exam_do_not_part_them(tmp_path, files):
-    assert exams(touch(tmp_path, files)) == TOGETHER[files]
-
-
-@pytest.mark.parametrize("files", VISITS)
-def test_visits_are_exams_of_one_person(tmp_path, files):
-    assert exams(touch(tmp_path, files)) == VISITS[files]
-
-
-@pytest.mark.parametrize("files", PEOPLE)
-def test_people_of_like_names_stay_apart(tmp_path, files):
-    assert exams(touch(tmp_path, files)) == PEOPLE[files]
+@pytest.mark.parametrize(("table", "files"), [(table, files) for table in EXAMS for files in EXAMS[table]])
+def test_which_files_are_one_exam(tmp_path, table, files):
+    assert exams(touch(tmp_path, files)) == EXAMS[table][files]
 
 
 @pytest.mark.parametrize(
@@ -240,11 +231,6 @@ def test_numbers_are_people_of_a_source_whatever_other_sources_there_are(tmp_pat
     touch(tmp_path, "A/1/t1 A/2/t1 A/3/t1 B/P7/t1")
     alone, beside = (find_volumes([tmp_path / name for name in names]) for names in ("A", "AB"))
     assert [item.exam for item in beside] == [*(item.exam for item in alone), "B/P7"] == ["A/1", "A/2", "A/3", "B/P7"]
-
-
-@pytest.mark.parametrize("files", SERIES)
-def test_series_and_protocols_are_nobody(tmp_path, files):
-    assert exams(touch(tmp_path, files)) == SERIES[files]
 
 
 def test_volumes_are_known_by_the_names_that_scanners_and_tools_give():

@@ -214,35 +214,34 @@ def groups(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "groups"
 
 
+def files(group: Path, contents: dict[str, object]) -> None:
+    """What the system says of a control group."""
+    group.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (group / name).write_text(f"{content}\n")
+
+
 def test_a_job_may_take_what_its_group_allows_though_it_runs_in_one_below(groups: Path) -> None:
     machine.OWN_GROUPS.write_text("0::/slurmstepd.scope/job_1/step_0/user\n")
     job = groups / "slurmstepd.scope" / "job_1"
-    (job / "step_0" / "user").mkdir(parents=True)
-    (job / "step_0" / "memory.max").write_text("max\n")
-    (job / "step_0" / "memory.current").write_text(f"{GIB}\n")
-    (job / "memory.max").write_text(f"{64 * GIB}\n")
-    (job / "memory.current").write_text(f"{GIB}\n")
-    (job / "memory.stat").write_text(f"anon 1\ninactive_anon {8 * GIB}\ninactive_file {GIB // 2}\n")
+    files(job / "step_0", {"memory.max": "max", "memory.current": GIB})
+    stat = f"anon 1\ninactive_anon {8 * GIB}\ninactive_file {GIB // 2}"
+    files(job, {"memory.max": 64 * GIB, "memory.current": GIB, "memory.stat": stat})
     assert machine.available_memory_bytes() == 63.5 * GIB
 
 
 def test_a_job_may_take_what_its_group_allows_in_the_older_version_too(groups: Path) -> None:
     machine.OWN_GROUPS.write_text("3:cpuset:/slurm/job_1\n2:memory:/slurm/job_1/step_0\n1:name=systemd:/\n0::/\n")
-    job = groups / "memory" / "slurm" / "job_1"
-    job.mkdir(parents=True)
-    (groups / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
-    (groups / "memory" / "memory.usage_in_bytes").write_text(f"{90 * GIB}\n")
-    (job / "memory.limit_in_bytes").write_text(f"{64 * GIB}\n")
-    (job / "memory.usage_in_bytes").write_text(f"{GIB}\n")
-    (job / "memory.stat").write_text(f"inactive_file 0\ntotal_inactive_file {GIB // 2}\n")
+    top, stat = groups / "memory", f"inactive_file 0\ntotal_inactive_file {GIB // 2}"
+    files(top, {"memory.limit_in_bytes": 9223372036854771712, "memory.usage_in_bytes": 90 * GIB})
+    of_job = {"memory.limit_in_bytes": 64 * GIB, "memory.usage_in_bytes": GIB, "memory.stat": stat}
+    files(top / "slurm" / "job_1", of_job)
     assert machine.available_memory_bytes() == 63.5 * GIB
 
 
 def test_a_container_sees_its_limit_where_a_machine_has_its_root_and_no_more_than_the_machine_has(groups: Path) -> None:
     machine.OWN_GROUPS.write_text("0::/../..\n")
-    groups.mkdir()
-    (groups / "memory.max").write_text(f"{8 * GIB}\n")
-    (groups / "memory.current").write_text(f"{9 * GIB}\n")  # of a moment
+    files(groups, {"memory.max": 8 * GIB, "memory.current": 9 * GIB})  # of a moment
     assert machine.available_memory_bytes() == 0
     (groups / "memory.max").write_text(f"{9999 * GIB}\n")
     assert machine.available_memory_bytes() == 1024 * GIB

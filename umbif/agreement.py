@@ -4,12 +4,11 @@ What would go wrong is refused; what makes a result doubtful is told.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
 
 from umbif.corpus.people import num_held_out
-from umbif.encoders.weights import read_config, seen_by
+from umbif.encoders.weights import own_source, read_config, seen_by
 from umbif.errors import Problem, UsageError
 from umbif.hardware import slow_precision
 from umbif.recipe.build import Built
@@ -40,8 +39,7 @@ def doubts(built: Built) -> list[str]:
 def known_people(built: Built) -> str:
     """What to say where the encoder has learnt from exams that are held out now; nothing where it has not."""
     encoder = built.model.encoder
-    loaded: dict[str, Any] = getattr(encoder, "loaded", None) or {}
-    if loaded.get("layout") == "umbif" and encoder.seen is None:
+    if own_source(encoder) is not None and encoder.seen is None:
         return "The encoder came without seen.txt: nobody can tell whether it has learnt from what is held out here"
     num_exams, num_known = num_held_out(built.data.corpus, seen_by(encoder))
     if not num_known:
@@ -52,8 +50,8 @@ def known_people(built: Built) -> str:
 
 def other_preparation(built: Built) -> str:
     """What to say where the encoder has learnt from exams that were prepared in another way."""
-    loaded: dict[str, Any] = getattr(built.model.encoder, "loaded", None) or {}
-    then = read_config(loaded["source"]).get("preparation", {}) if loaded.get("layout") == "umbif" else {}
+    source = own_source(built.model.encoder)
+    then = read_config(source).get("preparation", {}) if source is not None else {}
     now = built.data.corpus.about["preparation"]
     differing = [key for key in VOXEL_VALUES if key in then and then[key] != now.get(key)]
     said = ", ".join(f"{key} was {then[key]} and is {now.get(key)}" for key in differing)

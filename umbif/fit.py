@@ -54,7 +54,7 @@ def fit(recipe: Recipe) -> Path:
     with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
         if finished_steps(folder) >= max_steps:
             refuse_other_people(recipe, folder)
-            _call(folder, recipe)
+            _rename(folder, recipe)
             console.print(f"{folder} has finished its {max_steps} steps: nothing to do.")
             return folder
         _train(recipe, folder)
@@ -106,7 +106,7 @@ def refuse_other_people(recipe: Recipe, folder: Path) -> None:
         raise UsageError(Problem(what, cure="Choose another run.dir, or delete that folder"))
 
 
-def _call(folder: Path, recipe: Recipe) -> None:
+def _rename(folder: Path, recipe: Recipe) -> None:
     """A name is for tables: it may be given when the run has finished."""
     name = recipe.tree["model"].get("model_name")
     if name and is_leader() and rename_predictions(folder, name):

@@ -54,7 +54,8 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any], seen: It
         encoder: To be saved.
         folder: Made if need be.
         about: Goes into its config: preparation, run, versions.
-        seen: Marks of the images that it has learnt from; those of the encoder that it started from are added.
+        seen: Marks of the images that it has learnt from; those of the encoder that it started from are added. Where
+            that one did not say its own, the list would pass for whole, and none is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
@@ -63,13 +64,20 @@ def save_encoder(encoder: Encoder, folder: Path, about: dict[str, Any], seen: It
     if loaded := getattr(encoder, "loaded", None):
         config["started_from"] = {**loaded, "source": _name_of(Path(loaded["source"]))}
     write_tensors(tensors, folder / WEIGHTS)
-    write_text(folder / SEEN, "".join(f"{mark}\n" for mark in sorted({*seen, *seen_by(encoder)})))
+    if own_source(encoder) is None or encoder.seen is not None:  # type: ignore[attr-defined]
+        write_text(folder / SEEN, "".join(f"{mark}\n" for mark in sorted({*seen, *seen_by(encoder)})))
     write_text(folder / CONFIG, json.dumps(config, indent=2))  # last: it says that the run has finished
 
 
 def _name_of(source: Path) -> str:
     """Of a run, not of the `encoder/` in it; and not the whole path, which may name people."""
     return source.parent.name if source.name == "encoder" else source.name
+
+
+def own_source(encoder: Any) -> Path | None:
+    """The encoder folder of ours that an encoder started from, if it did from one."""
+    loaded = getattr(encoder, "loaded", None) or {}
+    return Path(loaded["source"]) if loaded.get("layout") == "umbif" else None
 
 
 def seen_by(encoder: Any) -> frozenset[str]:
