@@ -55,6 +55,8 @@ PRETRAINED = {
         "data.around_tumour=true", "data.crop_size=[64,64,64]")),
 }  # fmt: skip
 ABLATED = {
+    "no_contrast": Arm("without the contrast", overrides=PRETRAINED["mae"].overrides),
+    "no_reconstruction": Arm("without the reconstruction", overrides=PRETRAINED["contrast"].overrides),
     "all_channels": Arm("all channels compared", overrides=("model.contrast.channel_share=1",)),
     "light": Arm("contrast weight .005", overrides=("model.contrast_weight=0.005",)),
     "heavy": Arm("contrast weight .02", overrides=("model.contrast_weight=0.02",)),

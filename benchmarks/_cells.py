@@ -50,6 +50,19 @@ def frozen_cells(
                 yield from controls(question, seed)
 
 
+def counts(features: dict[str, Array], targets: pd.DataFrame, places: dict[str, Array]) -> Iterator[Cell]:
+    """How many rows of each task may be labelled and how many are tested; of yes and no, how many tested are yes."""
+    for task in TASKS:
+        if task.features == "halves":
+            known = np.isfinite(features["half_a"]).all(1) & targets["test"].to_numpy()
+            yield {"task": task.name, "labelled": 0, "tested": int(known.sum())}
+            continue
+        question = question_of(task, features[task.features], targets, places)
+        tested = question.is_test[question.exam]
+        found = {"task": task.name, "labelled": int((~tested).sum()), "tested": int(tested.sum())}
+        yield {**found, "positive": int(question.y[tested].sum())} if task.kind == "binary" else found
+
+
 def question_of(task: Task, x: Array, targets: pd.DataFrame, places: dict[str, Array]) -> Question:
     """The rows of a task that have an answer."""
     person, is_test = targets["person"].to_numpy(), targets["test"].to_numpy()

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from _evidence import ALONE, BEFORE, HYBRID, PRIMARY_TASKS, SMALLEST_GAIN, Cells, difference, mean, probe_of
+from _aims import ALONE, BEFORE, HYBRID, SMALLEST_GAIN
+from _evidence import PRIMARY_TASKS, Cells, difference, mean, probe_of
 from _tasks import METRIC, TASKS, Task
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def draw_scores(cells: Cells) -> Figure:
                 color = STYLES[1][0] if arm == HYBRID else STYLES[0][0]
                 low, value, high = (max(LOWEST, number) for number in (found.low, found.value, found.high))
                 axes.plot([low, high], [-row, -row], color=color, linewidth=1.5)
-                axes.plot([value], [-row], "o", color=color, markersize=4)
+                axes.plot([value], [-row], "<" if found.value < LOWEST else "o", color=color, markersize=4)
         axes.set_yticks(range(0, -len(cells.arms), -1), cells.arms)
         label(axes, task.name, METRIC[task.kind])
         calm(axes)
@@ -78,6 +79,8 @@ def curve(axes: Axes, cells: Cells, arm: str, task: Task, color: str, dashes: ob
     """One arm on one task."""
     found = [(num, of) for num in LABELS if (of := mean(cells, arm, task.name, "linear", num)) is not None]
     values: Sequence[float] = [max(LOWEST, of.value) for _, of in found]
+    below = [num for num, of in found if of.value < LOWEST]
+    axes.plot(below, [LOWEST] * len(below), "v", color=color, markersize=8, fillstyle="none")
     axes.plot([num for num, _ in found], values, color=color, linestyle=dashes, marker="o", markersize=4, label=arm)
 
 

@@ -24,7 +24,7 @@ class Task:
             how many others are less alike.
         features: Which features of an exam answer it, see `_features.py`.
         target: Column of the table of targets.
-        is_trivial: A histogram or the size of the grid answers it: a check of the machinery, no evidence.
+        is_trivial: Intensities, or an encoder's first weights, answer it: a check of the machinery, no evidence.
     """
 
     name: str

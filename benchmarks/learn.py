@@ -6,10 +6,11 @@
     python benchmarks/learn.py --ablate          the hybrid with one part changed at a time, on seeds of its own
     python benchmarks/learn.py --verify --arms umbif --seeds 0 --folder NEW   does them once more and compares
     python benchmarks/learn.py --develop         for tuning: judges by training people alone, in a file of its own
+    python benchmarks/learn.py --count           how many exams each task has
     python benchmarks/learn.py --quick           a check of the machinery in about three minutes
 
 Every finished cell is a line of the results file. Arms: `_arms.py`; tasks: `_tasks.py`; exams: `_cohort.py`. Tables and
-figures: `evidence.py`. It has not been run in full yet.
+figures: `evidence.py`.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from _arms import (
     TRUTH,
     describer,
 )  # fmt: skip
-from _cells import NUM_LABELS, Cell, append, frozen_cells, read_cells
+from _cells import NUM_LABELS, Cell, append, counts, frozen_cells, read_cells
 from _cohort import FULL, Cohort, make_cohort
 from _describe import Describer, Encoded
 from _evidence import PRIMARY_LABELS, Cells
@@ -185,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(f"{args.folder} holds runs or features, which would be taken as they are: give --folder a new one")
         verify(bench, plan)
         return
+    if args.count:
+        write_counts(bench, RESULTS / "tasks.jsonl")
+        return
     failed = run(bench, plan, args.minutes)
     for work, problem in failed.items():
         console.print(f"Failed: {work}: {problem}")
@@ -220,6 +224,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     kind.add_argument("--ablate", action="store_true", help="change one part of the hybrid at a time")
     kind.add_argument("--quick", action="store_true", help="few exams, one question: does the machinery learn?")
     parser.add_argument("--verify", action="store_true", help="do what is finished once more, and compare")
+    parser.add_argument("--count", action="store_true", help="write how many exams each task has")
     parser.add_argument("--minutes", type=float)
     known = (*ARMS, *ABLATED)
     parser.add_argument("--arms", nargs="+", choices=known, metavar="ARM", help=", ".join(known))
@@ -238,6 +243,14 @@ def verify(bench: Bench, plan: Plan) -> None:
         apart = [abs(cell["score"] - known[key]["score"]) for key, cell in again.items()]
         same = f"{apart.count(0)} of {len(apart)} the same"
         console.print(f"{arm}, seed {seed}: {same}, the largest difference {max(apart):g}")
+
+
+def write_counts(bench: Bench, path: Path) -> None:
+    """How many exams of the clinic, or patches of them, each task has. What training takes no part in answers it."""
+    features = bench.features(describer("histogram", 0, bench.cohort, bench.kept("runs")), "histogram_0")
+    path.unlink(missing_ok=True)
+    append(path, counts(features, bench.targets, bench.places))
+    console.print(path.read_text(), end="")
 
 
 def cells_of(bench: Bench, arm: str, seed: int) -> list[Cell]:

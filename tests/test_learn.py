@@ -152,7 +152,7 @@ def test_intervals_hold_the_truth_as_often_as_they_should_though_seeds_are_few(b
 
 
 def test_more_than_another_that_knows_nothing_is_no_gain_for_one_that_knows_nothing(bench):
-    evidence, noise = bench("_evidence"), np.linspace(-0.01, 0.01, 40)
+    evidence, aims, noise = bench("_evidence"), bench("_aims"), np.linspace(-0.01, 0.01, 40)
     levels = {"untrained": -0.3, "placebo": -0.3}
     for own, is_gain in ((-0.05, False), (0.05, True)):
         cells = evidence.Cells(
@@ -160,18 +160,20 @@ def test_more_than_another_that_knows_nothing_is_no_gain_for_one_that_knows_noth
              "resamples": (level + noise).tolist(), "draws": [level] * 10}
             for arm, level in {**levels, "umbif": own}.items() for seed in range(3)
         )  # fmt: skip
-        assert evidence.is_gain(cells, "age", evidence.gains(cells)["age"]) == is_gain
+        assert aims.gains(cells) == (["age"] if is_gain else [])
+        assert aims.wins(cells, "untrained", ["age"]) == (["age"] if is_gain else [], [])
 
 
 def test_the_verdict_names_tasks_that_leave_no_room_for_the_gain_that_is_asked_for(bench):
-    evidence, levels = bench("_evidence"), {"lesion": {"untrained": 0.94, "placebo": 0.96}, "idh": {"untrained": 0.93}}
+    evidence, aims = bench("_evidence"), bench("_aims")
+    levels = {"lesion": {"untrained": 0.94, "placebo": 0.96}, "idh": {"untrained": 0.93}}
     cells = evidence.Cells(
         {"arm": arm, "task": task, "probe": "linear", "labels": 64, "seed": seed, "score": level,
          "resamples": [level] * 4, "draws": [level] * 3}
         for task, of in levels.items() for arm, level in of.items() for seed in range(2)
     )  # fmt: skip
-    assert evidence.without_room(cells) == ["lesion"]
-    assert "On lesion one of these two knows so much" in evidence.verdict(cells)
+    assert aims.without_room(cells) == ["lesion"]
+    assert "On lesion one of these two knows so much" in aims.verdict(cells)
 
 
 def test_retrieval_is_perfect_where_both_halves_agree_and_at_chance_where_they_do_not(bench):
@@ -312,6 +314,39 @@ def test_the_page_says_whether_the_aim_was_met(bench, tmp_path, gain, said):
     assert "| half the steps | 5000 | – | 0.50 | – |" in page
     assert "{" not in page
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
+
+
+def test_what_was_taught_every_label_lifts_no_task_from_chance_and_is_no_bound_where_it_knows_less(bench):
+    tables, levels = bench("_evidence_tables"), {"untrained": 0.45, "umbif": 0.47, "supervised": 0.9}
+    cells = bench("_evidence").Cells(
+        {"arm": arm, "task": "mgmt", "probe": probe, "labels": num, "seed": seed, "score": level,
+         "resamples": [level] * 4, "draws": [level] * 3}
+        for arm, own in levels.items() for seed in range(2)
+        for probe, num, level in (("linear", 64, own), ("linear", 256, own), ("taught", 0, 0.46)) if arm == "supervised"
+        or probe == "linear"
+    )  # fmt: skip
+    head, *rows = tables.scores(cells)
+    assert head[-1] == "`supervised`\\*"
+    assert ["mgmt, at chance", "AUC", "0.45", "0.47", "0.90"] in rows
+    assert tables.unbounded(cells) == "Neither of them reaches the frozen hybrid on mgmt: no upper bound there."
+
+
+def test_the_page_says_of_how_many_a_task_asks(bench):
+    cells, targets = bench("_cells"), pd.DataFrame({
+        "person": range(6), "test": [False, False, True, True, True, True], "ill": [1, 1, 1, 1, 0, 0],
+        "mgmt": [0, 1, 1, np.nan, np.nan, 0],
+    })  # fmt: skip
+    for column in {task.target for task in bench("_tasks").TASKS} - {*targets} - {""}:
+        targets[column] = 1.0
+    features = {name: np.zeros((6, 2)) for name in ("whole", "alone", "tumour", "half_a", "half_b")}
+    features |= {name: np.zeros((6, 8, 2)) for name in ("lesion", "flair")}  # eight patches of an exam
+    places = {"is_lesion": np.ones((6, 8)), "flair": np.ones((6, 8, 2)), "position_mm": np.zeros((6, 8, 3))}
+    counted = {line["task"]: line for line in cells.counts(features, targets, places)}
+    assert counted["mgmt"] == {"task": "mgmt", "labelled": 2, "tested": 2, "positive": 1}
+    assert counted["lesion patches"] == {"task": "lesion patches", "labelled": 16, "tested": 16, "positive": 16}
+    assert counted["retrieval"] == {"task": "retrieval", "labelled": 0, "tested": 4}
+    rows = [*bench("_evidence_tables").asked(counted.values())]
+    assert ["mgmt", "Hidden biomarker, weak", "AUC", "0.5", "2", "2", "1"] in rows
 
 
 def test_work_that_is_done_is_not_done_again_and_seeds_come_one_after_the_other(bench, tmp_path):
