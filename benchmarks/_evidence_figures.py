@@ -38,12 +38,13 @@ def draw_scores(cells: Cells) -> Figure:
 
 
 def draw_gains(cells: Cells) -> Figure:
-    """Differences of the hybrid to the untrained and to the placebo encoder, with the smallest gain that counts."""
-    figure = Figure(figsize=(7.5, 0.9 + 0.34 * len(PRIMARY_TASKS)), layout="constrained")
+    """What the hybrid has more than an untrained, a placebo and a reconstructing encoder; the smallest that counts."""
+    others = (*BEFORE, ALONE[0])
+    figure = Figure(figsize=(7.5, 0.9 + 0.4 * len(PRIMARY_TASKS)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color=FAINT, linewidth=1)
     axes.axvline(SMALLEST_GAIN, color=FAINT, linewidth=1, linestyle=(0, (3, 3)))
-    for style, other, shift in zip(STYLES, BEFORE, (0.13, -0.13), strict=False):
+    for style, other, shift in zip(STYLES, others, (0.2, 0, -0.2), strict=False):
         for row, task in enumerate(PRIMARY_TASKS):
             found = difference(cells, HYBRID, other, task, *probe_of(task))
             if found is not None:
@@ -52,7 +53,7 @@ def draw_gains(cells: Cells) -> Figure:
                 axes.plot([found.value], [y], "o", color=style[0], markersize=5, label=label)
     axes.set_yticks(range(0, -len(PRIMARY_TASKS), -1), PRIMARY_TASKS)
     axes.set_xlabel("Gain of the hybrid (dashes: the smallest that counts)", fontsize=9, color=INK)
-    figure.legend(loc="outside upper center", ncols=len(BEFORE), frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside upper center", ncols=len(others), frameon=False, fontsize=9, labelcolor=INK)
     calm(axes)
     return figure
 
