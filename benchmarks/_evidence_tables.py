@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from _aims import ALONE, BEFORE, CHANCE, HISTOGRAM, HYBRID, SMALLEST_GAIN, gains, is_at_chance, is_gain, wins
+from _aims import ALONE, BEFORE, CHANCE, HISTOGRAM, HYBRID, SMALLEST_GAIN, gains, is_at_chance, is_gain, knows, wins
 from _arms import ABLATED, PRETRAINED, SUPERVISED, TRUTH
 from _cells import NUM_LABELS
 from _evidence import PRIMARY_LABELS, PRIMARY_PROBE, PRIMARY_TASKS, Cell, Cells, difference, mean, probe_of
@@ -93,11 +93,15 @@ def bounds(cells: Cells) -> Iterator[list[str]]:
 
 def unbounded(cells: Cells) -> str:
     """Where what was taught everything knows less than the frozen hybrid, in words."""
-    found = [(task.name, taught, frozen) for task, (_, *taught, frozen) in compared(cells) if any(taught)]
-    less = [name for name, taught, frozen in found if frozen and all(one.value < frozen.value for one in taught if one)]
-    if not found:
+    less = [
+        task.name
+        for task, (_, *taught, frozen) in compared(cells)
+        if any(taught) and frozen and all(one.value < frozen.value for one in taught if one)
+        and knows(cells, HYBRID, task.name, (PRIMARY_PROBE, NUM_LABELS[-1]))
+    ]  # fmt: skip
+    if not less:
         return ""
-    return f"Neither of them reaches the frozen hybrid on {', '.join(less) or 'none of these'}: no upper bound there."
+    return f"On {', '.join(less)} they know less than the frozen hybrid: labels of so few exams alone are no upper bound."
 
 
 def compared(cells: Cells) -> Iterator[tuple[Task, list[Estimate | None]]]:
