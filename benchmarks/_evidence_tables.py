@@ -101,7 +101,7 @@ def unbounded(cells: Cells) -> str:
     ]  # fmt: skip
     if not less:
         return ""
-    return f"On {', '.join(less)} they know less than the frozen hybrid: labels of so few exams alone are no upper bound."
+    return f"On {', '.join(less)} they know less than the frozen hybrid: so few exams' labels alone are no upper bound."
 
 
 def compared(cells: Cells) -> Iterator[tuple[Task, list[Estimate | None]]]:
