@@ -1,5 +1,8 @@
-"""What the hybrid was to reach in `learn.py`, and whether it did. Tasks, probe and thresholds were written down before
-the full run; that who beats another must know something itself was asked for after it, and only takes wins away."""
+"""What the hybrid was to reach in `learn.py`, and whether it did.
+
+Tasks, probe and thresholds were written down before the full run. That the hybrid must know something itself to beat
+another was asked for after it, and only takes wins away from the hybrid.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -23,16 +26,16 @@ def verdict(cells: Cells) -> str:
     gained, half = gains(cells), (len(PRIMARY_TASKS) + 1) // 2
     lines = [
         f"The hybrid gains {SMALLEST_GAIN:.2f} or more over both the untrained and the placebo encoder, with intervals "
-        f"above zero, on {len(gained)} of {len(PRIMARY_TASKS)} tasks ({named(gained, 'none')}); the aim was {half}: "
+        f"above zero, on {len(gained)} of {len(PRIMARY_TASKS)} tasks ({named(gained)}); the aim was {half}: "
         f"{met(len(gained) >= half)}."
     ]
     for part in [part for part in ALONE if part in cells.arms]:
         alone = gains(cells, part)
-        same = "the same" if set(alone) == set(gained) else named(alone, "none")
+        same = "the same" if set(alone) == set(gained) else named(alone)
         lines.append(f"By the same rule `{part}`, one of its two parts, gains on {len(alone)} ({same}).")
     if full := without_room(cells):
         lines.append(
-            f"On {named(full, '')} one of these two knows so much that no encoder could gain {SMALLEST_GAIN:.2f} over "
+            f"On {named(full)} one of these two knows so much that no encoder could gain {SMALLEST_GAIN:.2f} over "
             "both. They count all the same."
         )
     lines += [against(cells, part) for part in ALONE if part in cells.arms]
@@ -40,8 +43,8 @@ def verdict(cells: Cells) -> str:
         _, below = wins(cells, HISTOGRAM, PRIMARY_TASKS)
         _, trivial = wins(cells, HISTOGRAM, TRIVIAL)
         lines.append(
-            f"By its 95% interval it is below the histogram on {named(below, 'none')} of these tasks; the aim was "
-            f"none: {met(not below)}. Of the trivial ones it is on {named(trivial, 'none')}."
+            f"By its 95% interval it is below the histogram on {named(below)} of these tasks; the aim was "
+            f"none: {met(not below)}. Of the trivial ones it is on {named(trivial)}."
         )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -49,13 +52,13 @@ def verdict(cells: Cells) -> str:
 def against(cells: Cells, part: str) -> str:
     """The hybrid beside one of its parts."""
     better, worse = wins(cells, part, PRIMARY_TASKS)
-    trivially = [named(tasks, "none") for tasks in wins(cells, part, TRIVIAL)]
+    trivially = [named(tasks) for tasks in wins(cells, part, TRIVIAL)]
     possible = [task for task, of in over(cells, part).items() if of.high >= SMALLEST_GAIN]
     return (
-        f"It beats `{part}` on {named(better, 'no task')} and loses to it on {named(worse, 'none')}; the aim was one "
+        f"It beats `{part}` on {named(better, 'no task')} and loses to it on {named(worse)}; the aim was one "
         f"at least and none: {met(bool(better) and not worse)}. Of the trivial ones it beats it on {trivially[0]} and "
         f"loses on {trivially[1]}. That it is better by {SMALLEST_GAIN:.2f} the intervals rule out on all of these "
-        f"tasks{' but ' * bool(possible)}{named(possible, '')}."
+        f"tasks{' but ' + named(possible) if possible else ''}."
     )
 
 
@@ -72,15 +75,14 @@ def is_gain(cells: Cells, task: str, arm: str = HYBRID, probe: Probe = PRIMARY) 
 
 
 def wins(cells: Cells, other: str, tasks: Iterable[str], probe: Probe = PRIMARY) -> tuple[list[str], list[str]]:
-    """Tasks on which the hybrid beats another, and on which it loses: no tie, an interval without zero, a score above
-    chance."""
+    """Tasks on which the hybrid beats another, and on which it loses to it: no tie, and an interval without zero.
+
+    To be above one that knows nothing is a win only with a score above chance; to be below is a loss in any case.
+    """
     found = over(cells, other, tasks, probe)
-    better = [task for task, of in found.items() if of.value >= SMALLEST_DIFFERENCE and of.low > 0]
-    worse = [task for task, of in found.items() if of.value <= -SMALLEST_DIFFERENCE and of.high < 0]
-    return (
-        [task for task in better if knows(cells, HYBRID, task, probe)],
-        [task for task in worse if knows(cells, other, task, probe)],
-    )
+    more = [task for task, of in found.items() if of.value >= SMALLEST_DIFFERENCE and of.low > 0]
+    less = [task for task, of in found.items() if of.value <= -SMALLEST_DIFFERENCE and of.high < 0]
+    return [task for task in more if knows(cells, HYBRID, task, probe)], less
 
 
 def over(cells: Cells, other: str, tasks: Iterable[str] = PRIMARY_TASKS, probe: Probe = PRIMARY) -> dict[str, Estimate]:
@@ -106,7 +108,7 @@ def without_room(cells: Cells) -> list[str]:
     return [task for task, of in found.items() if any(one and one.value > 1 - SMALLEST_GAIN for one in of)]
 
 
-def named(tasks: Sequence[str], nothing: str) -> str:
+def named(tasks: Sequence[str], nothing: str = "none") -> str:
     """In words."""
     return ", ".join(tasks) or nothing
 

@@ -55,14 +55,16 @@ def other_probes(cells: Cells) -> Iterator[list[str]]:
 
 def noise(cells: Cells) -> str:
     """How far seeds of pretraining are apart, in words."""
-    deviations: dict[str, list[float]] = {}
-    for arm in [arm for arm in ("untrained", *PRETRAINED) if arm in cells.arms]:
-        for task in PRIMARY_TASKS:
-            seeds = cells.seeds(arm, task, *probe_of(task))
-            means = cells.scores(arm, task, *probe_of(task), seeds).draws.mean(1) if len(seeds) > 1 else []
-            deviations.setdefault(arm, []).append(float(np.std(means, ddof=1)) if len(seeds) > 1 else np.nan)
-    found = {arm: of for arm, of in deviations.items() if np.isfinite(of).any()}
-    return ", ".join(f"{np.nanmedian(of):.3f} (at most {np.nanmax(of):.3f}) for `{arm}`" for arm, of in found.items())
+    said = []
+    for arm in ("untrained", *PRETRAINED):
+        seeds = [cells.seeds(arm, task, *probe_of(task)) for task in PRIMARY_TASKS]
+        means = [
+            cells.scores(arm, task, *probe_of(task), of).draws.mean(1)
+            for task, of in zip(PRIMARY_TASKS, seeds, strict=True) if len(of) > 1
+        ]  # fmt: skip
+        apart = [float(np.std(of, ddof=1)) for of in means]
+        said += [f"{np.median(apart):.3f} (at most {max(apart):.3f}) for `{arm}`"] if apart else []
+    return ", ".join(said)
 
 
 def finetuned(cells: Cells) -> Iterator[list[str]]:

@@ -164,6 +164,16 @@ def test_more_than_another_that_knows_nothing_is_no_gain_for_one_that_knows_noth
         assert aims.wins(cells, "untrained", ["age"]) == (["age"] if is_gain else [], [])
 
 
+def test_a_loss_counts_though_the_other_knows_nothing_either(bench):
+    cells = bench("_evidence").Cells(
+        {"arm": arm, "task": "age", "probe": "linear", "labels": 64, "seed": seed, "score": level,
+         "resamples": [level] * 4, "draws": [level] * 3}
+        for arm, level in {"umbif": -0.3, "mae": -0.1}.items() for seed in range(3)
+    )  # fmt: skip
+    assert bench("_aims").wins(cells, "mae", ["age"]) == ([], ["age"])
+    assert "loses to it on age" in bench("_aims").verdict(cells)
+
+
 def test_the_verdict_names_tasks_that_leave_no_room_for_the_gain_that_is_asked_for(bench):
     evidence, aims = bench("_evidence"), bench("_aims")
     levels = {"lesion": {"untrained": 0.94, "placebo": 0.96}, "idh": {"untrained": 0.93}}
