@@ -127,8 +127,25 @@ def change(of: Estimate | None) -> str:
     """A difference, in bold where it would count as a gain or a loss."""
     if of is None:
         return "–"
-    counts = abs(of.value) >= SMALLEST_GAIN and (of.low > 0 or of.high < 0)
-    return f"**{of.value:+.2f}**" if counts else f"{of.value:+.2f}"
+    return f"**{of.value:+.2f}**" if counts(of) else f"{of.value:+.2f}"
+
+
+def counts(of: Estimate) -> bool:
+    """Whether a difference is large, and its interval leaves out zero."""
+    return abs(of.value) >= SMALLEST_GAIN and (of.low > 0 or of.high < 0)
+
+
+def stands_out(cells: Cells) -> str:
+    """Which changes of the recipe count on tasks of the verdict, in a sentence."""
+    lost, gained = [], []
+    for arm in [arm for arm in ABLATED if arm in cells.arms]:
+        differences = {name: difference(cells, arm, HYBRID, name, *probe_of(name)) for name in PRIMARY_TASKS}
+        found = {name: of.value for name, of in differences.items() if of is not None and counts(of)}
+        for those, sign in ((lost, -1), (gained, 1)):
+            if names := [name for name, value in found.items() if value * sign > 0]:
+                those.append(f"{ABLATED[arm].about} ({', '.join(names)})")
+    said = f"Lost by: {'; '.join(lost) or 'no change'}. Gained by: {'; '.join(gained) or 'no change'}"
+    return f"What is bold on tasks of the verdict. {said}."
 
 
 def tuning(path: Path) -> Iterator[list[str]]:
