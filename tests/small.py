@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 
@@ -20,6 +21,7 @@ from umbif.stream.augment import Augmentation
 from umbif.stream.exams import CropDataset, Exams, collate
 
 CROP = (16, 16, 16)
+MUTANT = ("P2", "P3", "P6")  # one class; P1, P4 and P5 are the other
 PRETRAINING = list_recipes("pretrain")
 VIT = {"patch_size": 8, "patch_mm": 16, "embed_dim": 48, "depth": 2, "num_heads": 4}
 CONVOLUTIONAL = {name for name in PRETRAINING if name.startswith("pretrain/simclr_")}
@@ -46,6 +48,22 @@ def small_recipe(name: str, corpus: Path, run_dir: Path, *overrides: str, max_st
         run_dir.mkdir(parents=True, exist_ok=True)
         small += [f"model.encoder.weights={public_weights(run_dir.parent / 'mae.safetensors')}"]
     return compose(name, [*small, *overrides])
+
+
+def small_task(name: str, corpus: Path, run_dir: Path, labels: Path, *overrides: str) -> Recipe:
+    """A recipe of `finetune/` for the tiny corpus and one CPU."""
+    here = ["hardware=cpu", f"data.corpus={corpus}", f"data.labels={labels}", f"run.dir={run_dir}"]
+    return compose(name, [*here, "data.num_workers=0", *overrides])
+
+
+def labelled(folder: Path, name: str) -> Path:
+    """A table of labels for the people of the tiny corpus, as a recipe of `finetune/` asks for them."""
+    label = compose(name).tree["data"]["label"]
+    subjects = [f"P{i}" for i in range(1, 7)]
+    classes = [label["positive" if subject in MUTANT else "negative"][0] for subject in subjects]
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame({"subject": subjects, label["columns"][0]: classes}).to_csv(folder / "labels.csv", index=False)
+    return folder / "labels.csv"
 
 
 def public_weights(path: Path) -> Path:

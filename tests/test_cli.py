@@ -248,7 +248,7 @@ def test_a_recipe_that_cannot_start_does_not_claim_its_folder(
     assert "data.disjoint_share must leave views that share a sequence to compare: got 1" in err
     assert "data.num_views must give the contrast views to compare: got 1" in err
     assert "trainer.precision must be 32-true or bf16-mixed: got 16-mixed" in err
-    assert "trainer.strategy must be auto, ddp or ddp_find_unused_parameters_true: got fsdp. Weights in shards" in err
+    assert "trainer.strategy is none of UMBIF's: got fsdp. FSDP2 is offered, which is called fsdp2" in err
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from ranks import head_of_rank, started_head
 from safetensors.torch import load_file
-from small import VIT
+from small import VIT, labelled, small_task
 
 from umbif.agreement import known_people, other_preparation
 from umbif.corpus.people import marks
@@ -24,7 +24,6 @@ from umbif.recipe.compose import compose
 from umbif.recipe.files import list_recipes
 from umbif.stream.modules import exams_of_split
 
-MUTANT = ("P2", "P3", "P6")  # one class; P1, P4 and P5 are the other
 CNN = ["encoder=efficientnet_b0", "model.encoder.voxel_mm=2"]
 FINETUNING = list_recipes("finetune")
 
@@ -60,7 +59,7 @@ def test_a_frozen_encoder_is_never_in_training():
 
 
 def test_the_head_starts_alike_on_any_number_of_ranks_that_share_the_reading(corpus_folder, tmp_path):
-    labels = labelled(tmp_path, "idh", "mutant", "wildtype")
+    labels = labelled(tmp_path, "finetune/idh")
     alone = started_head(corpus_folder, labels)
     mp.start_processes(head_of_rank, args=(3, tmp_path, corpus_folder, labels), nprocs=3, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
@@ -151,22 +150,7 @@ def test_a_gpu_without_room_is_answered_and_another_batch_may_be_tried_in_the_sa
 
 def finetuned(corpus_folder, folder, name, *overrides, labels=None):
     """The run of a recipe with labels for the exams of the small corpus."""
-    label = compose(name).tree["data"]["label"]
-    table = labelled(folder, label["columns"][0], label["positive"][0], label["negative"][0])
+    table = labelled(folder, name)
     if labels is not None:
         labels.to_csv(table, index=False)
-    return fit(
-        compose(name, [
-            "hardware=cpu", f"data.corpus={corpus_folder}", f"data.labels={table}", f"run.dir={folder / 'run'}",
-            "data.global_batch_size=2", "data.num_workers=0", *overrides,
-        ])
-    )  # fmt: skip
-
-
-def labelled(folder, column, positive, negative):
-    """A table of labels for the people of the small corpus."""
-    subjects = [f"P{i}" for i in range(1, 7)]
-    folder.mkdir(exist_ok=True)
-    classes = [positive if subject in MUTANT else negative for subject in subjects]
-    pd.DataFrame({"subject": subjects, column: classes}).to_csv(folder / "labels.csv", index=False)
-    return folder / "labels.csv"
+    return fit(small_task(name, corpus_folder, folder / "run", table, "data.global_batch_size=2", *overrides))

@@ -66,7 +66,7 @@ def forbidden(file: str, names: set[str]) -> list[str]:
             continue
         if (
             (target == "cli" and file != "__main__.py")
-            or (target == "scale" and part != "fit")
+            or (target == "scale" and part not in ("fit", "agreement"))
             or part == "scale"
             or (part in FLOW and target not in left)
         ):

@@ -10,19 +10,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pandas as pd
 import pytest
-import torch
 from small import small_recipe
 
 from umbif.encoders.guard import Guard
 from umbif.errors import Stopped, UmbifError, UsageError
 from umbif.fit import fit
 from umbif.recipe.compose import Recipe
-from umbif.stream.modules import Position, SlotCounter
 
 STEPS = 24
 
@@ -104,16 +101,6 @@ def test_an_encoder_is_kept_though_no_picture_of_it_can_be_drawn(
     run = fit(small(corpus_folder, tmp_path, 2))
     assert (run / "encoder" / "config.json").exists()
     assert "No reconstruction was drawn: a shard is damaged" in caplog.text
-
-
-def test_processes_that_would_go_on_from_different_checkpoints_stop() -> None:
-    data = SimpleNamespace(position=Position(0, next_slot=8))
-    trainer = SimpleNamespace(global_step=2, datamodule=data)
-    alike = SimpleNamespace(device="cpu", all_gather=lambda place: place)
-    SlotCounter().on_train_start(trainer, alike)  # type: ignore[arg-type]
-    apart = SimpleNamespace(device="cpu", all_gather=lambda place: torch.stack([place, place // 2]))
-    with pytest.raises(UmbifError, match=r"go on from different steps \(1, 2\)"):
-        SlotCounter().on_train_start(trainer, apart)  # type: ignore[arg-type]
 
 
 def test_a_run_of_which_every_step_was_skipped_exports_nothing(

@@ -54,6 +54,7 @@ def test_a_norm_that_is_not_finite_is_left_out_and_a_spike_does_not_flatten_the_
     ("column", "values", "said"),
     [
         ("throughput/data_wait", [0.5] * 8, "input bound"),
+        ("throughput/slowest", [2.0] * 8, "all wait for it"),
         ("monitor/feature_std", [0.9, 0.5, 0.005], "collapsed"),
         ("monitor/rank_me", [9.0, 8.0, 2.0], "RankMe fell"),
         ("val/loss", [1.0, 0.8, 0.7, 0.9, 1.0], "has risen since"),

@@ -5,17 +5,15 @@ What would go wrong is refused; what makes a result doubtful is told.
 
 from collections.abc import Iterator
 
-from lightning.pytorch.strategies import DDPStrategy
-
 from umbif.corpus.people import num_held_out
 from umbif.encoders.weights import own_source, read_config, seen_by
 from umbif.errors import Problem, UsageError
 from umbif.hardware import slow_precision
 from umbif.recipe.build import Built
+from umbif.scale.choice import strategy_problems
 
 PRECISIONS = ("32-true", "bf16-mixed", "32", "bf16")  # and how Lightning also spells them
 VOXEL_VALUES = ("spacing_mm", "clip_percentiles", "allow_faces")  # of a preparation: what voxels depend on
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 def refuse_disagreement(built: Built) -> None:
@@ -23,9 +21,10 @@ def refuse_disagreement(built: Built) -> None:
 
     Raises:
         UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, contrast has nothing
-            to match, or precision or strategy is none of ours; all of them are named.
+            to match, precision or strategy is none of ours, or it cannot do what the model asks; all of them are named.
     """
-    problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built), *strategy_problems(built)]
+    problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built)]
+    problems += strategy_problems(built.trainer_args, built.model)
     if problems:
         raise UsageError(problems, str(built.data.corpus.folder))
 
@@ -86,11 +85,3 @@ def precision_problems(built: Built) -> Iterator[Problem]:
     precision = built.trainer_args.get("precision") or "32-true"
     if str(precision) not in PRECISIONS:
         yield Problem(f"trainer.precision must be {' or '.join(PRECISIONS[:2])}", str(precision))
-
-
-def strategy_problems(built: Built) -> Iterator[Problem]:
-    """Weights in shards: the gradient would be clipped by the norm of each shard, and checkpoints could not go on."""
-    strategy = built.trainer_args.get("strategy") or "auto"
-    if strategy not in STRATEGIES and type(strategy) is not DDPStrategy:
-        cure = "Weights in shards (FSDP, DeepSpeed) are to come"
-        yield Problem(f"trainer.strategy must be {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}", str(strategy), cure)

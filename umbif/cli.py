@@ -6,17 +6,20 @@ Heavy libraries are imported inside the verbs, so that `umbif --help` answers at
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from umbif import __version__
 from umbif.errors import Problem, UmbifError, UsageError, nearest
 from umbif.files import refused
+from umbif.machine import is_child, is_first_here, is_launched, is_leader
 from umbif.progress import console
 
 INTERRUPTED = 128 + signal.SIGINT
+UNEXPECTED = 70  # EX_SOFTWARE
 app = typer.Typer(
     name="umbif",
     help="From folders of brain MRI to a pretrained 3D encoder and its clinical evaluation.",
@@ -291,9 +294,7 @@ def following(*commands: str) -> None:
     """What to type next; said once, also where a run has many processes."""
     from rich.markup import escape
 
-    from umbif.machine import is_leader
-
-    if is_leader():
+    if is_leader() and not is_child():
         console.print("\n[dim]Next:[/dim]  " + "\n       ".join(map(escape, commands)), markup=True)
 
 
@@ -311,6 +312,14 @@ def options(
     """From folders of brain MRI to a pretrained 3D encoder and its clinical evaluation."""
 
 
+def unexpected(error: Exception) -> NoReturn:
+    """A mistake of ours: a traceback, and for whoever has started this process a code that is none of a refusal."""
+    if not is_launched():
+        raise error
+    traceback.print_exception(error)
+    raise SystemExit(UNEXPECTED) from None
+
+
 def main() -> None:
     """Runs a verb; a person's mistake ends with one message and never with a traceback."""
     try:
@@ -318,9 +327,12 @@ def main() -> None:
     except (UmbifError, OSError) as error:
         answer = refused(error) if isinstance(error, OSError) else error
         if answer is None:
-            raise
-        print(f"umbif: {answer}", file=sys.stderr)
+            unexpected(error)
+        if is_first_here() or not isinstance(answer, UsageError):  # which the processes of a machine find alike
+            print(f"umbif: {answer}", file=sys.stderr)
         raise SystemExit(answer.exit_code) from None
+    except Exception as error:
+        unexpected(error)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # how typer answers Ctrl-C
             print("\numbif: interrupted. The same command starts it again.", file=sys.stderr)

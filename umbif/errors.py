@@ -30,6 +30,12 @@ class UmbifError(Exception):
         return super().__str__().rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2].strip()
 
 
+class Transient(UmbifError):
+    """A process, a connection or a memory cell has failed, and not the work: the same command may go on."""
+
+    exit_code = 75  # EX_TEMPFAIL
+
+
 class Stopped(UmbifError):
     """Somebody ended the work: a person by Ctrl-C, or a system by a signal.
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from umbif.errors import Problem, UmbifError, UsageError, nearest, one_line
+from umbif.errors import Problem, Transient, UmbifError, UsageError, nearest, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NOT_A_FOLDER = (errno.ENOTDIR, errno.EEXIST)
 NO_SUCH_CALL = (errno.EINVAL, errno.ENOTSUP)
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.EHOSTUNREACH)
 NOT_MINE = "Ask its owner for the permission, or choose another place"
 FULL = "Make room or choose another place; what is written so far stays, and the same command again goes on"
 CURES = {
@@ -114,12 +115,14 @@ def naming(path: Path) -> Iterator[None]:
 
 def refused(error: OSError) -> UmbifError | None:
     """What the system would not do, for people; None for an error that is not about a file or a folder."""
-    if error.errno is None or (error.filename is None and error.errno not in CURES):
+    if error.errno is None or (error.filename is None and error.errno not in (*CURES, *PASSING)):
         return None
     said, path = os.strerror(error.errno), Path(str(error.filename))
     if error.errno in NOT_A_FOLDER and (file := next((p for p in (path, *path.parents) if p.is_file()), None)):
         return UsageError(Problem(f"{file} is a file where a folder is meant", cure="Name another folder"))
     what = said if error.filename is None else f"{path}: {said}"
+    if error.errno in PASSING:
+        return Transient(f"{what}. The disk or the network has failed; the same command goes on.")
     return UmbifError(str(Problem(what, cure=CURES.get(error.errno, ""))))
 
 

@@ -3,7 +3,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,18 +21,24 @@ from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import CONFIG, ENCODER_CURE
 from umbif.errors import Problem, Stopped, UmbifError, UsageError, one_line
 from umbif.files import read_mapping, reading
-from umbif.hardware import Asked, cluster_plugins, hardware_problems, launcher_problems
-from umbif.machine import is_leader
+from umbif.hardware import Asked, cluster_plugins, devices_of, hardware_problems, launcher_problems, num_to_start
+from umbif.machine import environment, is_leader
 from umbif.pretrain.run_page import has_page, write_run_page
 from umbif.progress import console
 from umbif.quiet import quiet
 from umbif.recipe.build import Built, build, construct
-from umbif.recipe.check import check
+from umbif.recipe.check import Run, check
 from umbif.recipe.compose import Recipe
 from umbif.run import open_run, write_provenance
 from umbif.scale.callbacks import TrainingProgress
-from umbif.scale.checkpoint import AtomicCheckpointIO, checkpoints, newest_complete, remove_leftovers
+from umbif.scale.checkpoint_folder import checkpoints, remove_leftovers
+from umbif.scale.choice import strategy_of
+from umbif.scale.goodput import Goodput
+from umbif.scale.launch import end_with_launcher, launch
 from umbif.scale.metrics import MetricsCSV
+from umbif.scale.ranks import lost
+from umbif.scale.stragglers import Stragglers
+from umbif.scale.strategies import DDP, Single
 from umbif.scale.throughput import Throughput
 from umbif.stream.modules import SlotCounter, killed
 
@@ -46,12 +52,17 @@ def fit(recipe: Recipe) -> Path:
         The run folder.
 
     Raises:
-        UsageError: The recipe is wrong, or the folder holds a run of another recipe.
+        UsageError: The recipe is wrong, asks for hardware that is not there, or the folder holds a run of another one.
     """
     quiet()
     refuse_wrong(recipe)
-    max_steps = recipe.tree["trainer"]["max_steps"]
-    with open_run(Path(recipe.tree["run"]["dir"]), recipe) as folder:
+    max_steps, run = recipe.tree["trainer"]["max_steps"], Run(**recipe.tree["run"])
+    num_processes = num_to_start(recipe.tree["trainer"])
+    if num_processes > 1:
+        launch(["fit", *recipe.typed], num_processes, Path(run.dir), run.restarts)
+        return Path(run.dir)
+    end_with_launcher()
+    with open_run(Path(run.dir), recipe) as folder:
         if finished_steps(folder) >= max_steps:
             refuse_other_people(recipe, folder)
             _rename(folder, recipe)
@@ -117,7 +128,7 @@ def _rename(folder: Path, recipe: Recipe) -> None:
 def _train(recipe: Recipe, folder: Path) -> None:
     if is_leader():
         remove_leftovers(folder / "checkpoints")
-    resume = to_resume(folder)
+    resume = folder / "checkpoints" if checkpoints(folder / "checkpoints") else None
     if resume is None and finished_steps(folder) > 0:
         raise UmbifError(f"{folder} has finished, and has no checkpoint to go on from. Give another run.dir.")
     pl.seed_everything(recipe.tree["run"]["seed"], verbose=False)
@@ -126,36 +137,40 @@ def _train(recipe: Recipe, folder: Path) -> None:
     for doubt in doubts(built) if is_leader() else ():
         log.warning(doubt)
     # Only once the checkpoint has been found to belong to this corpus: what is refused must not claim the folder.
-    provenance = LambdaCallback(on_train_start=lambda *_: write_provenance(folder, recipe))
-    trainer = make_trainer(built.trainer_args, [provenance, *built.callbacks.values()], folder, resume)
-    if resume is not None:
-        console.print(f"Going on from step {step_of(resume)} of {folder}")
-    log.info("training starts at step %s", step_of(resume) if resume else 0)
+    provenance = LambdaCallback(on_train_start=lambda trainer, _: _started(trainer, recipe, folder))
+    about = {"recipe": recipe.tree, "corpus": built.data.corpus.identity, **environment()}
+    trainer = make_trainer(built.trainer_args, [provenance, *built.callbacks.values()], folder, about)
+    trainer.strategy.resumes = resume is not None
     with _in_plain_words(trainer, built):
         if trainer.max_steps:  # a comparator that takes no step needs no exam
             trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
             refuse_untaught(built, trainer.global_step, folder)
         else:
             write_provenance(folder, recipe)
-        built.model.export(folder, built.data, trainer)
+        export(built, recipe, trainer, folder)
     if is_leader() and has_page(folder):
         write_run_page(folder)
     log.info("finished at step %s", trainer.global_step)
 
 
-def to_resume(folder: Path) -> Path | None:
-    """The checkpoint that a run goes on from; None for a new one.
+def export(built: Built, recipe: Recipe, trainer: pl.Trainer, folder: Path) -> None:
+    """Writes what a run is for; where weights lay in parts, from a copy that has all of them in each process."""
+    model, num_steps = built.model, trainer.global_step
+    if not isinstance(trainer.strategy, Single | DDP):
+        if num_steps:
+            model = build(recipe).model
+            model.load_state_dict(trainer.strategy.whole_state())
+        trainer = make_trainer({**built.trainer_args, "strategy": "auto"}, [], folder, {})
+    model.export(folder, built.data, trainer, num_steps)
 
-    Raises:
-        UmbifError: All that there are have been damaged: to begin anew would lose the run without a word.
-    """
-    resume, found = newest_complete(folder / "checkpoints"), checkpoints(folder / "checkpoints")
-    if resume is None and found:
-        raise UmbifError(
-            f"All {len(found)} checkpoints of {folder} are damaged; log.txt says how. To begin anew, delete "
-            f"{folder / 'checkpoints'} or give another run.dir."
-        )
-    return resume
+
+def _started(trainer: pl.Trainer, recipe: Recipe, folder: Path) -> None:
+    write_provenance(folder, recipe)
+    step = trainer.global_step
+    next(logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)).go_on_from(step)
+    if step and trainer.is_global_zero:
+        console.print(f"Going on from step {step} of {folder}")
+    log.info("training starts at step %s", step)
 
 
 @contextmanager
@@ -173,7 +188,7 @@ def _in_plain_words(trainer: pl.Trainer, built: Built) -> Iterator[None]:
         ended = f"Ended by {by.name} at step {trainer.global_step}"
         raise Stopped(f"{ended}. The same command goes on from the last checkpoint.", by) from None
     except RuntimeError as error:
-        answer = killed(error)
+        answer = killed(error) or lost(error)
         if answer is None:
             raise
         raise answer from error
@@ -199,8 +214,16 @@ def refuse_untaught(built: Built, num_steps: int, folder: Path) -> None:
         raise UmbifError(f"All {num_steps} steps were skipped; {folder / 'log.txt'} says why. Nothing was exported.")
 
 
-def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, resume: Path | None) -> pl.Trainer:
+def make_trainer(
+    options: dict[str, Any], callbacks: list[Any], folder: Path, about: Mapping[str, Any]
+) -> pl.Trainer:
     """Lightning's Trainer as UMBIF needs it, and as the recipe says in everything else.
+
+    Args:
+        options: Keys of the recipe.
+        callbacks: Beside those of every training.
+        folder: Of the run.
+        about: What checkpoints say of themselves.
 
     Raises:
         UsageError: The recipe asks for hardware that is not there or for other processes than were started, or holds
@@ -211,8 +234,10 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
         raise UsageError(problems)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
-        loggers = [MetricsCSV(folder, step_of(resume)), TensorBoardLogger(str(folder), "tensorboard", "")]
+        loggers = [MetricsCSV(folder), TensorBoardLogger(str(folder), "tensorboard", "")]
     try:
+        strategy = strategy_of(options, devices_of(options))
+        strategy.about = about
         return pl.Trainer(
             **{
                 "max_epochs": -1,  # the stream is endless: steps are what ends it
@@ -221,13 +246,14 @@ def make_trainer(options: dict[str, Any], callbacks: list[Any], folder: Path, re
                 "num_sanity_val_steps": 0,
                 "check_val_every_n_epoch": None,
                 **options,
+                "strategy": strategy,
             },
             use_distributed_sampler=False,  # Lightning's own shuffles even where it was told not to
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),  # else it adds one
             default_root_dir=str(folder),
             logger=loggers,
-            plugins=[AtomicCheckpointIO(), *cluster_plugins()],
-            callbacks=[SlotCounter(), Throughput(), TrainingProgress(), *callbacks],
+            plugins=cluster_plugins(),
+            callbacks=[SlotCounter(), Throughput(), Goodput(), Stragglers(), TrainingProgress(), *callbacks],
         )
     except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(trainer_problem(error)) from error
@@ -238,8 +264,3 @@ def trainer_problem(error: Exception) -> Problem:
     if isinstance(error, ImportError):
         return Problem("trainer needs a package that is not installed", one_line(error))
     return Problem("trainer holds a value that Lightning does not take", one_line(error))
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """`checkpoints/step=000100` → 100."""
-    return int(checkpoint.name.removeprefix("step=")) if checkpoint is not None else 0

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 
-from umbif.errors import Problem
+from umbif.errors import Problem, UsageError
 
 SEARCHED = {"auto": ("tpu", "mps", "cuda", "cpu"), "gpu": ("mps", "cuda")}  # by Lightning, in this order
 SHELLS = ("bash", "interactive")  # names of SLURM's jobs in which Lightning starts the processes itself
@@ -68,6 +68,15 @@ def there(kind: str) -> type[Accelerator] | None:
     return next((accelerator for accelerator in found if accelerator.is_available()), None)
 
 
+def devices_of(trainer: Mapping[str, Any]) -> list[torch.device]:
+    """Those that processes of this node take, each one; a CPU where Lightning knows no such kind, and will say so."""
+    found, wanted = there(Asked.of(trainer).kind), trainer.get("devices", "auto")
+    if found is None:
+        return [torch.device("cpu")]
+    wanted = found.auto_device_count() if wanted in ("auto", None) else wanted
+    return list(found.get_parallel_devices(found.parse_devices(wanted)))
+
+
 def missing(asked: Asked) -> str:
     """What this machine lacks of it; nothing where it lacks nothing, or where Lightning knows no such kind."""
     found = there(asked.kind)
@@ -86,11 +95,28 @@ def hardware_problems(asked: Asked) -> Iterator[Problem]:
         yield Problem(f"trainer asks for {asked}; {lacking}", cure=cure)
 
 
+def num_to_start(trainer: Mapping[str, Any]) -> int:
+    """Processes of a `trainer:` block that nobody has started yet, all on this machine; 1 is this one alone.
+
+    Raises:
+        UsageError: Their devices are not there.
+    """
+    asked = Asked.of(trainer)
+    if started() is not None or "LOCAL_RANK" in os.environ or asked.num_nodes > 1:
+        return 1
+    if problems := [*hardware_problems(asked)]:
+        raise UsageError(problems)
+    return len(devices_of(trainer))
+
+
 def launcher_problems(asked: Asked) -> Iterator[Problem]:
     """Processes that are not those of the recipe: each would train alone in one folder, or wait for ever for others."""
     found, accelerator = started(), there(asked.kind)
     devices = asked.devices or (accelerator.auto_device_count() if accelerator is not None else 1)
     wanted = (devices * asked.num_nodes, asked.num_nodes, devices)
+    if found is None and asked.num_nodes > 1 and "LOCAL_RANK" not in os.environ:
+        ways = " or ".join(way.format(asked.num_nodes, devices) for way in (SRUN, TORCHRUN))
+        yield Problem(f"trainer asks for {asked.num_nodes} nodes", "one process on one", f"Start it by {ways}")
     if found is None or found[:3] == wanted or found.num == wanted[0] == 1:
         return
     nodes, of_node = found.num_nodes, found.num // found.num_nodes

@@ -20,6 +20,7 @@ GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+OWN_RUN = "umbif-"  # how the id of what `umbif fit` starts begins
 LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse")
 
 
@@ -70,6 +71,21 @@ def is_leader() -> bool:
     """Whether this process is the first of its job, by what launchers set before any of them talk."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
     return all(rank in (None, "0") for rank in ranks)
+
+
+def is_first_here() -> bool:
+    """Whether this process is the first of its job on this machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+
+
+def is_launched() -> bool:
+    """Whether something has started this process with its siblings: torchrun, fabric, srun, or `umbif fit` itself."""
+    return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
+def is_child() -> bool:
+    """Whether a process of `umbif fit` has started this one, and will speak for it."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_RUN)
 
 
 def environment() -> dict[str, Any]:

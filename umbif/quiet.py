@@ -5,6 +5,12 @@ import os
 import warnings
 
 HARMLESS = {
+    # Nothing is changed in place of what a network gives back.
+    r".*FSDP2-wrapped module .* returned a view tensor.*": UserWarning,
+    # The guard clips, and tells DeepSpeed to.
+    r".*DeepSpeed handles gradient clipping internally.*": UserWarning,
+    # Inside torch and DeepSpeed, about each other.
+    r".*`torch\.distributed\.\w+` is deprecated.*": FutureWarning,
     # Few workers are a choice of the recipe; on two cores they are the best one.
     r".*does not have many workers.*": UserWarning,
     # A scheduler that steps after a skipped step is what the guard means.

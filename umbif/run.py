@@ -25,7 +25,7 @@ from umbif.recipe.compose import Recipe, read_tree
 # What may differ when a run goes on: nothing of it enters the numbers. A corpus or a table may lie elsewhere; whether
 # they are the same is asked of them, and not of their paths.
 MAY_CHANGE = (
-    "about", "run.dir", "callbacks", "data.corpus", "data.labels", "data.num_workers", "data.cache_gib",
+    "about", "run.dir", "run.restarts", "callbacks", "data.corpus", "data.labels", "data.num_workers", "data.cache_gib",
     "trainer.max_steps", "model.max_steps", "model.model_name", "model.encoder.activation_checkpointing",
 )  # fmt: skip
 TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
@@ -43,6 +43,7 @@ def open_run(folder: Path, recipe: Recipe) -> Iterator[Path]:
     """
     if not is_leader():
         _check_same(folder, recipe)  # as the leader does: left alone, they would wait for it
+        logging.getLogger("umbif").addHandler(logging.NullHandler())  # the leader says it for all
         yield folder
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from umbif.encoders.cnn import CNN3D
 from umbif.encoders.gather import from_first, is_first, summed
 from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw
+from umbif.encoders.sharding import shard
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder, write_tensors
 from umbif.files import read_parquet, whole
@@ -120,10 +121,14 @@ class FineTune(pl.LightningModule):
         assert exams.target is not None
         return exams.exam, exams.target, self(exams).float().sigmoid()
 
-    def on_train_start(self) -> None:
-        """A fresh head starts from what the encoder gives already."""
-        if not self.global_step:
-            self.start_head(self.trainer.datamodule, self.trainer)
+    def setup(self, stage: str) -> None:
+        """A fresh head starts from what the encoder gives already; each process has all weights yet."""
+        if stage == "fit" and self.trainer.ckpt_path is None:
+            self.to(self.trainer.strategy.root_device).start_head(self.trainer.datamodule, self.trainer)
+
+    def configure_model(self) -> None:
+        """Under FSDP2, says what is gathered together."""
+        shard(self, [self.encoder, self.head])
 
     def train(self, mode: bool = True) -> Self:
         """A frozen encoder is never in training: nothing of it is dropped, and no statistics move."""
@@ -153,9 +158,9 @@ class FineTune(pl.LightningModule):
             from_first(tensor)
         self.train(training)
 
-    def export(self, folder: Path, data: TaskData, trainer: pl.Trainer) -> None:
-        """Writes predictions.parquet, `encoder/` and the head."""
-        if not trainer.global_step:  # no step: the logistic regression alone is the model
+    def export(self, folder: Path, data: TaskData, trainer: pl.Trainer, num_steps: int) -> None:
+        """Writes predictions.parquet, `encoder/` and the head, `num_steps` after the start."""
+        if not num_steps:  # no step: the logistic regression alone is the model
             self.to(trainer.strategy.root_device).start_head(data, trainer)
         table = predictions(trainer, self, data)
         if not trainer.is_global_zero:
@@ -166,9 +171,9 @@ class FineTune(pl.LightningModule):
         about |= learnt_from(data.corpus, data.people())
         head = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         write_tensors(head, folder / "head.safetensors")
-        learnt = trainer.global_step and not self.frozen  # else the encoder is the one that it was
+        learnt = num_steps and not self.frozen  # else the encoder is the one that it was
         seen = marks(data.corpus, np.concatenate([data.parts["train"], data.parts["val"]])) if learnt else ()
-        save_encoder(self.encoder, folder / "encoder", {"steps": trainer.global_step, **about}, seen)
+        save_encoder(self.encoder, folder / "encoder", {"steps": num_steps, **about}, seen)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the guard has seen decides about later steps."""

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from umbif.encoders.gather import distributed
 from umbif.errors import UmbifError
@@ -24,6 +25,30 @@ NUM_NORMS = 64  # gradient norms that say what is usual
 NUM_BEFORE_SPIKES = 16  # the first steps have no usual yet
 LIMIT_STEPS = 1000  # over which skipped steps are counted
 MOST_NAMED = 8
+
+
+class Gradients:
+    """What the backward has left, where every process has all of it, or its rows of it.
+
+    An optimiser that keeps gradients elsewhere brings an object of its own that does the same, as `gradients`.
+    """
+
+    def __init__(self, module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        self.parameters = [p for p in module.parameters() if p.grad is not None]
+        self.optimizer = optimizer
+
+    def norm(self) -> Tensor:
+        """Of all of it, the same on all ranks."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def clip(self, max_norm: float, norm: Tensor) -> None:
+        """Shrinks it to that norm."""
+        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+
+    def drop(self) -> None:
+        """Leaves the optimiser nothing to step on."""
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class Guard:
@@ -52,17 +77,18 @@ class Guard:
         Raises:
             UmbifError: Too many steps were dropped.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+        gradients = getattr(optimizer, "gradients", None) or Gradients(module, optimizer)
+        norm = gradients.norm()
         size = float(norm)
         reason = self._reason(size)
-        self.accepted = not _on_any_rank(reason != "", norm.device)
+        self.accepted = not _on_any_rank(reason != "", next(module.parameters()).device)
         batches, self.batches = self.batches, []
         if math.isfinite(size):
             self.norms.append(size)  # also of a spike: what lasts is usual after a while
         if self.accepted and size > self.max_norm:
-            nn.utils.clip_grads_with_norm_(module.parameters(), self.max_norm, norm)
+            gradients.clip(self.max_norm, norm)
         elif not self.accepted:
-            optimizer.zero_grad(set_to_none=True)
+            gradients.drop()
             self._tell(module.global_step, reason or "another rank found it broken", batches)
         return norm
 

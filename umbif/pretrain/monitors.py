@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from matplotlib.image import imread
 from torch.distributed.fsdp import FSDPModule
 
@@ -204,8 +203,8 @@ def encode(module: Any, batches: Sequence[Exams], max_tokens: int) -> npt.NDArra
 
 
 def is_collective(trainer: pl.Trainer) -> bool:
-    """Whether a forward may need all ranks. DeepSpeed's strategy is a DDPStrategy too, hence the exact class."""
-    return trainer.world_size > 1 and type(trainer.strategy) not in (DDPStrategy, SingleDeviceStrategy)
+    """Whether a forward needs all ranks, as it does where none of them has all weights."""
+    return trainer.world_size > 1 and getattr(trainer.strategy, "in_shards", True)
 
 
 def as_forward(module: pl.LightningModule, work: Callable[[], Any]) -> Any:

@@ -24,7 +24,7 @@ from umbif.progress import duration
 DASH = "–"
 SKIPPED = "skipped"  # what the guard says in log.txt of a step that was not taken
 PER_SEQUENCE = "val/reconstruction_"
-INPUT_BOUND, COLLAPSED, FALLEN, MANY_SKIPPED = 0.05, 0.01, 0.5, 0.01
+INPUT_BOUND, COLLAPSED, FALLEN, MANY_SKIPPED, SLOW = 0.05, 0.01, 0.5, 0.01, 1.5
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ def _plan(run: Run) -> list[tuple[str, list[Chart]]]:
         ("What the encoder knows", _knowledge(run)),
         ("Optimisation", [LEARNING_RATE, GRADIENT]),
         ("Speed", [EXAMS_PER_S, MFU, DATA_WAIT, MEMORY]),
+        ("Trust", [GOODPUT, STALL, SLOWEST]),
     ]
 
 
@@ -163,6 +164,19 @@ DATA_WAIT = Chart(
 MEMORY = Chart(
     "Memory of the GPU", "GiB at the highest", (("throughput/memory_gib", ""),), "Room above it allows larger batches."
 )
+GOODPUT = Chart(
+    "Time that counts", "Share of all time", (("throughput/goodput", ""),),
+    "Training that no fault has undone, over the time since the first start. A sharp fall is a start; a low level "
+    "after many of them asks for more frequent checkpoints.", percent=True,
+)  # fmt: skip
+STALL = Chart(
+    "Waiting for checkpoints", "Share of the time", (("throughput/checkpoint_stall", ""),),
+    "Since this start. Above 1%: less frequent checkpoints, or a faster disk.", percent=True,
+)  # fmt: skip
+SLOWEST = Chart(
+    "The slowest process", "Times the median", (("throughput/slowest", ""),),
+    "Of the encoder's forward. All wait for the slowest at every step; from 1.5 on, log.txt names its machine.",
+)  # fmt: skip
 LOSS_WORDS = {
     "loss": "The weighted sum that is minimised. Worry when validation turns upward while training goes on down: the "
     "encoder memorises.",
@@ -270,6 +284,8 @@ def findings(run: Run) -> list[str]:
         found.append(f"{run.num_skipped:,} of {run.steps:,} steps were skipped by the guard; log.txt says why.{share}")
     if (wait := _recent(run, "throughput/data_wait")) is not None and wait > INPUT_BOUND:
         found.append(f"Training waits for data {wait:.0%} of its time: it is input bound. Raise data.num_workers.")
+    if (slowest := _recent(run, "throughput/slowest")) is not None and slowest > SLOW:
+        found.append(f"One process takes {slowest:.1f} times as long as the median, and all wait for it: see log.txt.")
     if (spread := run.last("monitor/feature_std")) is not None and spread < COLLAPSED:
         found.append(f"Features of different exams are nearly alike (spread {spread:.2f}): the encoder has collapsed.")
     rank = run.values("monitor/rank_me")

@@ -20,6 +20,7 @@ from umbif.corpus.people import learnt_from, marks
 from umbif.encoders.cnn import CNN3D
 from umbif.encoders.guard import Guard
 from umbif.encoders.optimise import adamw, exams_per_step
+from umbif.encoders.sharding import shard
 from umbif.encoders.transformer import Block
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder
@@ -177,6 +178,12 @@ class UMBIF(pl.LightningModule):
         shown = scatter(exams, grid, masks.visible, visible.valid, visible.voxels.flatten(2))
         return shown, scatter(exams, grid, masks.target, target.valid, predicted)
 
+    def configure_model(self) -> None:
+        """Under FSDP2, says what is gathered together."""
+        average = self.average.average.values() if self.average is not None else ()
+        own = (getattr(self, "decoder", None), getattr(getattr(self, "contrast", None), "projector", None))
+        shard(self, [part for part in (self.encoder, *own, *average) if part is not None])
+
     def setup(self, stage: str) -> None:
         """Compiles the blocks: small graphs that are compiled once and serve all of them."""
         if self.compile_backend is not None:
@@ -213,15 +220,15 @@ class UMBIF(pl.LightningModule):
         """See `on_save_checkpoint`."""
         self.guard.load_state_dict(checkpoint["guard"])
 
-    def export(self, folder: Path, data: PretrainData, trainer: pl.Trainer) -> None:
-        """Writes `encoder/` with what a later user has to know, and pictures of reconstructions."""
+    def export(self, folder: Path, data: PretrainData, trainer: pl.Trainer, num_steps: int) -> None:
+        """Writes `encoder/` with what a later user has to know, `num_steps` after the start, and pictures."""
         if not trainer.is_global_zero:
             return
-        about = {"steps": trainer.global_step, **learnt_from(data.corpus, data.people())}
-        seen = marks(data.corpus, data.exams("train")) if trainer.global_step else ()
+        about = {"steps": num_steps, **learnt_from(data.corpus, data.people())}
+        seen = marks(data.corpus, data.exams("train")) if num_steps else ()
         encoder = self.encoder if self.average is None else self.average.average["encoder"]
         save_encoder(cast("ViT3D | CNN3D", encoder), folder / "encoder", about, seen)
-        if self.reconstruction_weight and trainer.global_step:
+        if self.reconstruction_weight and num_steps:
             self._draw(folder / "figures", data)
 
     def _draw(self, folder: Path, data: PretrainData) -> None:

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from umbif.errors import Problem, UsageError
-from umbif.ranges import Seed
+from umbif.ranges import NonNegativeInt, Seed
 from umbif.recipe.classes import import_class
 from umbif.recipe.compose import MISSING, Recipe
 from umbif.recipe.layers import join_key
@@ -41,10 +41,18 @@ TRAINING_KEYS = ("run", "model", "data", "trainer", "callbacks")
 
 @dataclass(frozen=True)
 class Run:
-    """The `run:` block: the run folder, and the seed from which every random number of the run follows."""
+    """The `run:` block.
+
+    Args:
+        dir: The run folder.
+        seed: From which every random number of the run follows.
+        restarts: How often the processes that `umbif fit` starts are started again where one of them has fallen and no
+            checkpoint is newer than at the time before.
+    """
 
     dir: str
     seed: Seed = 0
+    restarts: NonNegativeInt = 3
 
 
 def check(recipe: Recipe) -> list[Problem]:

@@ -1,7 +1,7 @@
 """One recipe from its files and what was typed: include, merge, override, resolve.
 
 The files that a recipe includes come first, in order, then its own keys, then `key=value` from the command line;
-interpolations are resolved once, after all of them.
+interpolations are resolved once, after all of them. What a launcher has decided stands between file and typed keys.
 """
 
 import re
@@ -16,7 +16,8 @@ from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryV
 
 from umbif.errors import Problem, UsageError, nearest, one_line
 from umbif.recipe.files import PARTS, files_like, find_recipe, relative
-from umbif.recipe.layers import Layer, hoist, join_key, layers_of, leaves, load_part, merge, read_value, values_of
+from umbif.recipe.launched import launched
+from umbif.recipe.layers import hoist, join_key, layers_of, leaves, load_part, merge, read_value, values_of
 from umbif.recipe.text import render, rows_of
 
 COMMAND_LINE = "command line"
@@ -44,6 +45,11 @@ class Recipe:
     tree: dict[str, Any]
     origins: dict[str, str]
     overrides: tuple[str, ...]
+
+    @property
+    def typed(self) -> list[str]:
+        """What stands for it on a command line."""
+        return [self.name if relative(self.path) != str(self.path) else str(self.path), *self.overrides]
 
     @property
     def whole(self) -> dict[str, Any]:
@@ -75,8 +81,14 @@ def compose(name: str, overrides: Sequence[str] = ()) -> Recipe:
     title = path.stem if origin == str(path) else origin.removesuffix(".yaml")
     parts, typed = _read_overrides(overrides)
     tree = leaves({"run": {"dir": f"runs/{title}", "seed": 0}}, "default")
-    for layer in (*layers_of(path, parts), Layer(typed, [], {})):
+    for layer in layers_of(path, parts):
         tree = merge(tree, layer.tree)
+    if "trainer" in tree:
+        told = launched()
+        if problems := [*told.contradictions(typed)]:
+            raise UsageError(problems)
+        tree = merge(tree, told.layer())
+    tree = merge(tree, typed)
     resolved = _resolve(values_of(tree), name)
     about = resolved.pop("about", None) or {}
     return Recipe(title, path, about, resolved, dict(_origins(tree)), tuple(overrides))

@@ -9,7 +9,6 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from umbif.files import reading, whole
-from umbif.machine import is_leader
 
 
 class MetricsCSV(Logger):
@@ -17,16 +16,13 @@ class MetricsCSV(Logger):
 
     Args:
         folder: Of the run.
-        resumed_step: Rows after it belong to work that was lost, and are dropped.
     """
 
-    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.last: dict[str, str] = {}
         self.columns = ["step", "slot"]
-        if self.path.exists() and is_leader():  # others would drop its rows too
-            self._read(resumed_step)
 
     @property
     def name(self) -> str:
@@ -59,8 +55,12 @@ class MetricsCSV(Logger):
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(self.last)
 
-    def _read(self, resumed_step: int) -> None:
-        kept = [row for row in self._existing() if int(row["step"]) < resumed_step]
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """Drops rows of work that was lost: those from a step on."""
+        if not self.path.exists():
+            return
+        kept = [row for row in self._existing() if int(row["step"]) < step]
         self.columns = list(kept[0]) if kept else self.columns
         self._rewrite(kept)
 

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 FORWARD_AND_BACKWARD = 3
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 MATMUL_SIDES, MATMUL_TRIES = (256, 1024), 10
 SLOW_FLOPS = 1e10  # half precision on many CPUs: a large product would take seconds
 DTYPES = {"64": torch.float64, "32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -107,6 +109,7 @@ class Throughput(Callback):
             values["throughput/data_wait"] = self.fetching.waited_s / span_s
         if self.peak_flops is not None:
             values["throughput/mfu"] = flops_per_s / self.peak_flops
+        values["throughput/host_memory_gib"] = getrusage(RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES / 2**30
         if torch.cuda.is_available():
             values["throughput/memory_gib"] = torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
         return values

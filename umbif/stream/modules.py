@@ -279,21 +279,6 @@ class SlotCounter(Callback):
     no state that a checkpoint could miss.
     """
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses processes that go on from different places: each would step weights of its own.
-
-        Raises:
-            UmbifError: A file system showed them different checkpoints.
-        """
-        place = torch.tensor([trainer.global_step, trainer.datamodule.position.next_slot], device=pl_module.device)
-        places = pl_module.all_gather(place).reshape(-1, 2).unique(dim=0)
-        if len(places) > 1:
-            steps = ", ".join(map(str, places[:, 0].tolist()))
-            raise UmbifError(
-                f"The processes go on from different steps ({steps}): not all of them see the newest checkpoint yet. "
-                "Give the same command again in a minute."
-            )
-
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -1,0 +1,118 @@
+"""Small trainings that can be cut off anywhere: forked from a warm process, or started as users do."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from _kills import forked
+
+from umbif.recipe.compose import Recipe
+
+HERE = Path(__file__).resolve().parent
+TESTS = HERE.parent / "tests"
+sys.path.insert(0, str(TESTS))  # recipes at the size of tests
+
+
+class Course(NamedTuple):
+    """A small training.
+
+    Args:
+        recipe: Its name.
+        overrides: Of the command line.
+        labels: A table, for fine-tuning.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    labels: Path | None = None
+
+    def composed(self, corpus: Path, run_dir: Path, *more: str) -> Recipe:
+        """As `tests/small.py` makes recipes small."""
+        from small import VIT, small_recipe, small_task
+
+        always = ["callbacks.losses.class_path=strategy_ranks.Losses", *self.overrides, *more]
+        if self.labels is not None:
+            vit = [f"model.encoder.{key}={value}" for key, value in VIT.items()]
+            return small_task(self.recipe, corpus, run_dir, self.labels, *vit, *always)
+        less = ["data.num_val_exams=0", "callbacks.monitors=null"]
+        return small_recipe(self.recipe, corpus, run_dir, *less, *always)
+
+
+def trained(course: Course, corpus: Path, run_dir: Path, num_processes: int, *more: str) -> list[int]:
+    """Forks the processes of a training, and waits for them; exit codes, of a signal negative.
+
+    What the others of one that has fallen do is to wait: they are killed as soon as one has ended badly.
+    """
+    recipe = course.composed(corpus, run_dir, *more, f"trainer.devices={num_processes}")
+    port = free_port()
+    children = [forked(lambda rank=rank: _fit(recipe, rank, num_processes, port)) for rank in range(num_processes)]
+    codes: dict[int, int] = {}
+    while len(codes) < num_processes:
+        for child in set(children) - set(codes):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            for child in set(children) - set(codes):
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+def _fit(recipe: Recipe, rank: int, num_processes: int, port: int) -> None:
+    from umbif.fit import fit
+
+    torch.set_num_threads(1)
+    if num_processes > 1:
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    said = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    fit(recipe)
+
+
+def commanded(course: Course, corpus: Path, run_dir: Path, *more: str, limit_s: float = 300) -> tuple[int, str, float]:
+    """`umbif fit` as a user types it; its exit code, what it said, and the seconds that it took."""
+    recipe = course.composed(corpus, run_dir, *more)
+    file = run_dir.parent / f"{run_dir.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(recipe.to_yaml())
+    path = os.pathsep.join([str(HERE), str(TESTS), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "umbif", "fit", str(file)], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, time.monotonic() - start
+
+
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def weights(run_dir: Path) -> bytes:
+    """Of the encoder that a run has exported."""
+    return (run_dir / "encoder" / "model.safetensors").read_bytes()
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Of all micro-steps, of a run that was never killed."""
+    found: list[float] = json.loads((run_dir / "losses.json").read_text())
+    return found
+
+
+def apart(values: Sequence[float], others: Sequence[float]) -> float:
+    """Largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(values, others, strict=True))

@@ -1,0 +1,39 @@
+"""Eight tiny exams as files, for every test that needs a corpus."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+SHAPE, SPACING_MM = (20, 24, 22), 2.0
+EXAMS = {  # two persons come twice; every number of sequences from one to four
+    "P1_ses-1": "t1 t1ce t2 flair", "P1_ses-2": "t1 flair", "P2": "t1ce", "P3_ses-1": "t2 flair",
+    "P3_ses-2": "t1 t1ce t2", "P4": "flair", "P5": "t1 t2 flair", "P6": "t1 t1ce t2 flair",
+}  # fmt: skip
+WITH_TUMOUR = ("P1_ses-1", "P4")
+
+
+def write_exams(folder: Path) -> None:
+    """Writes `EXAMS`: flair is float32, the rest int16."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for exam, sequences in EXAMS.items():
+        brain, tissue = _head(rng)
+        for sequence in sequences.split():
+            values = brain * (tissue * rng.uniform(0.5, 2) + 20 * rng.random(SHAPE) + rng.uniform(500, 900))
+            _write(folder / f"{exam}_{sequence}.nii.gz", values.astype(np.float32 if sequence == "flair" else np.int16))
+        if exam in WITH_TUMOUR:
+            tumour = brain & (tissue > np.percentile(tissue[brain], 90))
+            _write(folder / f"{exam}_seg.nii.gz", tumour.astype(np.uint8))
+
+
+def _head(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An ellipsoid, and waves within it."""
+    where = [np.arange(n) - n / 2 + rng.uniform(-1, 1) for n in SHAPE]
+    x, y, z = np.meshgrid(*where, indexing="ij")
+    brain = sum((axis / rng.uniform(0.35, 0.42) / n) ** 2 for axis, n in zip((x, y, z), SHAPE, strict=True)) < 1
+    return brain, 100 * (np.sin(x / rng.uniform(2, 4)) + np.cos(y / rng.uniform(2, 4)) + np.sin(z / 3))
+
+
+def _write(path: Path, data: np.ndarray) -> None:
+    nib.save(nib.Nifti1Image(data, np.diag([-SPACING_MM, -SPACING_MM, SPACING_MM, 1])), path)

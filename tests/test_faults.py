@@ -1,0 +1,198 @@
+"""What befalls one process costs the steps since the last checkpoint, and the run ends as one that was left alone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+
+from umbif.errors import Transient
+from umbif.scale import launch, replicas, stragglers
+from umbif.scale.launch import UNEXPECTED
+from umbif.scale.ranks import lost
+from umbif.scale.replicas import bit_sum, difference
+from umbif.scale.shares import held
+from umbif.scale.stragglers import Stragglers
+from umbif.scale.watchdog import Beat, suspects
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FAULTS = ("killed@1:4", "raises@0:8", "weight@1:13", "stopped@1:17")
+SAID = (
+    "Process 1 was ended by SIGKILL, as the system does when memory runs out. All processes start again",
+    "ZeroDivisionError: a fault on purpose",
+    "Process 0 ended with an error, as shown above. All processes start again from step",
+    "Step 15: The bits of model.encoder.registers differ between processes; one of them is wrong.",
+    "in a step, after step 17:",
+    " does not answer: it, or its machine, has stopped.",
+    "Process 0 gave up, as it says above. All processes start again from step 15.",
+)
+
+
+# ---------------------------------------------------------------- real processes
+
+
+def test_a_run_of_two_that_four_faults_befall_ends_with_the_same_weights(corpus_folder: Path, tmp_path: Path) -> None:
+    undisturbed, _ = trained(corpus_folder, tmp_path / "undisturbed", ())
+    disturbed, said = trained(corpus_folder, tmp_path / "disturbed", FAULTS)
+    assert sorted(path.name for path in (disturbed / ".faults").iterdir()) == sorted(FAULTS)
+    weights, expected = ((run / "encoder" / "model.safetensors").read_bytes() for run in (disturbed, undisturbed))
+    assert weights == expected
+    at = [said.find(line) for line in SAID]
+    assert -1 not in at
+    assert at == sorted(at)
+    assert not list((disturbed / ".alive").iterdir())
+    starts = [json.loads(line)["step"] for line in (disturbed / "starts.jsonl").read_text().splitlines()]
+    assert starts[:1] + starts[3:] == [0, 12, 15]
+    goodput = [pd.read_csv(run / "metrics.csv")["throughput/goodput"].iloc[-1] for run in (disturbed, undisturbed)]
+    assert 0 < goodput[0] < goodput[1] <= 1
+
+
+def trained(corpus: Path, run_dir: Path, faults: Sequence[str]) -> tuple[Path, str]:
+    """A run of two processes, and what it said."""
+    overrides = [
+        "hardware=cpu_ddp", f"data.corpus={corpus}", f"run.dir={run_dir}", "data.global_batch_size=4",
+        "data.crop_size=[16,16,16]", "data.num_workers=0", "data.num_val_exams=0", "model.masking.num_visible=8",
+        "model.masking.num_targets=8", "model.warmup_steps=3", "trainer.max_steps=24", "trainer.log_every_n_steps=1",
+        "callbacks.checkpoint.every_n_steps=3", "callbacks.monitors=null",
+        "callbacks.watchdog.watchdog_s=5", "callbacks.faults.class_path=_faults.Faults",
+        f"callbacks.faults.plan=[{','.join(map(repr, faults))}]",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
+    command = [sys.executable, "-m", "umbif", "fit", "pretrain/umbif_tiny", *overrides]
+    joined = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, env=environment, text=True, timeout=400, check=False, **joined)
+    assert done.returncode == 0, done.stdout
+    return run_dir, done.stdout
+
+
+# ---------------------------------------------------------------- starting again
+
+
+def fell(code: int, rank: int = 0, at: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(exitcode=code, local_rank=rank, timestamp=at)
+
+
+@pytest.mark.parametrize(
+    ("codes", "answer"),
+    [
+        ((2, 2), 2), ((2, -15), 2), ((1, -9), 1), ((1, 143), 1), ((1, 75), 1), ((143, 143), 143), ((130, -15), 130),
+        ((143, 75), 143), ((-9, 75), None), ((70, -15), None), ((70, 143), None), ((-11, 1), None), ((75, 75), None),
+    ],
+)  # fmt: skip
+def test_what_was_refused_or_told_to_end_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int], answer: int | None
+) -> None:
+    runs = iter([[fell(code, rank) for rank, code in enumerate(codes)], []])  # the second time, all goes well
+    monkeypatch.setattr(launch, "_run_once", lambda *_: next(runs))
+    if answer is None:
+        launch.launch(["fit"], 2, tmp_path, restarts=3)
+        return
+    with pytest.raises(SystemExit) as ended:
+        launch.launch(["fit"], 2, tmp_path, restarts=3)
+    assert ended.value.code == answer
+
+
+def test_a_run_that_makes_no_progress_is_given_up_and_one_that_does_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts: list[int] = []
+
+    def falls(*_: object) -> list[SimpleNamespace]:
+        starts.append(len(starts))
+        if len(starts) < 5:
+            (tmp_path / "checkpoints" / f"step={len(starts):06d}").mkdir(parents=True)
+        return [fell(-9, rank=1), fell(Transient.exit_code, rank=0)]
+
+    monkeypatch.setattr(launch, "_run_once", falls)
+    with pytest.raises(Transient, match=r"by SIGKILL, .*, as 2 times before without a new checkpoint"):
+        launch.launch(["fit"], 2, tmp_path, restarts=2)
+    assert len(starts) == 4 + 1 + 2
+    assert "All processes start again from step 4." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [
+        ([fell(-15, 0), fell(-11, 1)], "Process 1 was ended by SIGSEGV"),
+        ([fell(Transient.exit_code, 0), fell(-6, 1)], "Process 1 was ended by SIGABRT"),
+        ([fell(UNEXPECTED, 1, at=1), fell(-9, 0, at=2)], "Process 1 ended with an error, as shown above"),
+        ([fell(3, 1)], "Process 1 ended with exit code 3"),
+    ],
+)
+def test_the_process_that_fell_first_is_named_and_not_those_that_followed(failed: list[object], said: str) -> None:
+    assert launch._ended(failed) == said  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words", ["[../gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:31850", "ncclRemoteError: A"]
+)
+def test_a_lost_connection_is_told_from_an_error_of_the_work(words: str) -> None:
+    found = lost(RuntimeError(words))
+    assert found is not None
+    assert found.exit_code == Transient.exit_code
+    assert lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+# ---------------------------------------------------------------- who is behind, who is wrong
+
+
+def test_a_process_that_is_silent_is_suspected_before_one_that_is_behind() -> None:
+    before = {0: Beat(5, 7, "a step", "a"), 1: Beat(5, 7, "a step", "b"), 2: Beat(3, 6, "a save", "c")}
+    now = {0: Beat(6, 7, "a step", "a"), 1: Beat(6, 7, "a step", "b"), 2: Beat(3, 6, "a save", "c")}
+    assert [*suspects(before, now)] == ["Process 2 on c does not answer: it, or its machine, has stopped."]
+    now[2] = Beat(4, 6, "a save", "c")
+    assert [*suspects(before, now)] == ["Process 2 on c is behind, in a save."]
+    now[2] = Beat(4, 7, "a step", "c")
+    assert not [*suspects(before, now)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_any_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
+    tensor = (10 * torch.randn(5, 7)).to(dtype)
+    raw = tensor.view(torch.uint8)
+    expected = bit_sum(tensor)
+    for bit in range(1 if dtype == torch.bool else 8):
+        raw[2, 3] ^= 1 << bit
+        assert bit_sum(tensor) != expected
+        raw[2, 3] ^= 1 << bit
+    assert bit_sum(tensor) == expected
+
+
+def test_of_three_processes_the_one_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_others(sums: torch.Tensor) -> list[torch.Tensor]:
+        wrong = sums.clone()
+        wrong[1] += 1
+        return [sums, wrong, sums]
+
+    monkeypatch.setattr(replicas, "told", of_others)
+    shares = [held("model.a", torch.ones(3)), held("model.b", torch.ones(2, 2))]
+    assert difference(shares) == "The bits of model.b differ between processes; process 1 is wrong."
+
+
+def test_a_process_that_is_slow_is_named_with_its_machine(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = {"told": lambda mine: [(0.1, "a"), (0.11, "b"), (0.3, "c")], "num_ranks": lambda: 3}
+    for name, value in others.items():
+        monkeypatch.setattr(stragglers, name, value)
+    module = SimpleNamespace(encoder=torch.nn.Linear(2, 2), log=lambda name, value: logged.append((name, value)))
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(in_shards=False), global_step=10, log_every_n_steps=10, is_global_zero=True
+    )
+    logged: list[tuple[str, float]] = []
+    callback = Stragglers()
+    callback.on_train_start(trainer, module)  # type: ignore[arg-type]
+    module.encoder.eval()(torch.ones(1, 2))
+    callback.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+    assert logged == []  # what monitors encode is no training
+    module.encoder.train()(torch.ones(1, 2))
+    for _ in range(2):  # micro-steps of one step
+        callback.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+    assert logged == [("throughput/slowest", pytest.approx(0.3 / 0.11))]
+    assert "Process 2 on c is slow: 2.7 times the median" in caplog.text
