@@ -7,9 +7,11 @@ goes on with what another wrote. What is used of DeepSpeed's inside is named her
 
 import logging
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -102,8 +104,9 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
         self, stage: int, offload: bool = False, precision: str = "32-true", on_cpu: bool = False, **options: Any
     ) -> None:
         self.in_shards = stage == 3
-        if on_cpu:
+        if on_cpu:  # where it builds a part of itself by ninja, which lies beside Python
             os.environ["DS_ACCELERATOR"] = "cpu"
+            os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         super().__init__(
             stage=stage, offload_optimizer=offload, logging_batch_size_per_gpu=1, logging_level=logging.ERROR,
             precision_plugin=Autocast(precision), **options,
