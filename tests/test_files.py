@@ -79,7 +79,7 @@ def test_curves_that_cannot_be_read_are_named(tmp_path: Path, content: bytes) ->
         write_run_page(tmp_path)
     if content:
         with pytest.raises(UsageError, match=r"metrics\.csv is damaged, .*got .*delete it"):
-            MetricsCSV(tmp_path, 3)
+            MetricsCSV(tmp_path).go_on_from(3)
 
 
 def test_only_the_first_process_of_a_resumed_run_writes_its_curves(
@@ -88,10 +88,10 @@ def test_only_the_first_process_of_a_resumed_run_writes_its_curves(
     before = "step,slot\n0,4\n1,8\n2,12\n"
     (tmp_path / "metrics.csv").write_text(before)
     monkeypatch.setenv("RANK", "1")
-    MetricsCSV(tmp_path, 2)
+    MetricsCSV(tmp_path).go_on_from(2)
     assert (tmp_path / "metrics.csv").read_text() == before
     monkeypatch.setenv("RANK", "0")
-    MetricsCSV(tmp_path, 2)
+    MetricsCSV(tmp_path).go_on_from(2)
     assert (tmp_path / "metrics.csv").read_text().splitlines() == before.splitlines()[:3]
 
 

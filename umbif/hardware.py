@@ -13,6 +13,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from umbif.errors import Problem, UsageError
 
@@ -106,7 +107,10 @@ def num_to_start(trainer: Mapping[str, Any]) -> int:
         return 1
     if problems := [*hardware_problems(asked)]:
         raise UsageError(problems)
-    return len(devices_of(trainer))
+    try:
+        return len(devices_of(trainer))
+    except (TypeError, ValueError, MisconfigurationException):  # which the Trainer will refuse
+        return 1
 
 
 def launcher_problems(asked: Asked) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from umbif.files import reading, whole
+from umbif.machine import is_leader
 
 
 class MetricsCSV(Logger):
@@ -55,10 +56,9 @@ class MetricsCSV(Logger):
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(self.last)
 
-    @rank_zero_only
     def go_on_from(self, step: int) -> None:
         """Drops rows of work that was lost: those from a step on."""
-        if not self.path.exists():
+        if not is_leader() or not self.path.exists():
             return
         kept = [row for row in self._existing() if int(row["step"]) < step]
         self.columns = list(kept[0]) if kept else self.columns
