@@ -6,7 +6,6 @@ import resource
 import signal
 import socket
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 
 INSIDE = "inside"  # an accumulation
-SLOW_S = 2.0  # of a micro-step
 
 
 class Fault(NamedTuple):
@@ -51,13 +49,11 @@ class Faults(pl.Callback):
 
     def __init__(self, plan: list[str]) -> None:
         self.plan = [Fault.read(text) for text in plan]
-        self.slow_s = 0.0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Before a checkpoint of this step is begun; or, of a fault inside of it, at the micro-step after that."""
-        time.sleep(self.slow_s)
         has_stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         for fault in self.plan:
             mark = Path(trainer.default_root_dir) / ".faults" / str(fault)
@@ -66,7 +62,6 @@ class Faults(pl.Callback):
                 continue
             mark.parent.mkdir(exist_ok=True)
             mark.touch()
-            self.slow_s = SLOW_S if fault.kind == "slow" else 0.0
             KINDS[fault.kind](trainer, pl_module)
 
 
@@ -117,14 +112,10 @@ def flip_moment(trainer: pl.Trainer, _: Any) -> None:
     _flip(next(values["exp_avg"] for values in state.values() if values["exp_avg"].numel() > 1))
 
 
-def stay(*_: Any) -> None:
-    """Is slow from now on; see `Faults`."""
-
-
 KINDS: dict[str, Callable[..., None]] = {
     "killed": sent(signal.SIGKILL), "stopped": sent(signal.SIGSTOP), "aborted": sent(signal.SIGABRT),
     "segfault": segfault, "raises": raise_, "leaves": leave, "memory": out_of_memory, "cut off": cut_off,
-    INSIDE: sent(signal.SIGKILL), "slow": stay, "weight": flip_weight, "moment": flip_moment,
+    INSIDE: sent(signal.SIGKILL), "weight": flip_weight, "moment": flip_moment,
 }  # fmt: skip
 
 

@@ -205,6 +205,15 @@ def test_training_goes_on_after_a_save_that_failed_unless_it_is_to_stop(
     assert chosen(folder) == folder / "step=000400"
 
 
+def test_a_mistake_of_ours_ends_the_run_though_a_full_disk_would_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver_module, "write_shares", MagicMock(side_effect=KeyError("float8")))
+    with pytest.raises(UmbifError, match="process 0: KeyError: 'float8'"):
+        save(folder, 300, saver=Saver(asynchronous=True, stop_on_failure=False))
+    assert chosen(folder) == folder / "step=000200"
+
+
 def test_everything_is_on_the_disk_before_the_checkpoint_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,13 @@ import pandas as pd
 import pytest
 import torch
 
-from umbif.errors import Transient
+from umbif.errors import UNEXPECTED, Transient
 from umbif.scale import launch, replicas, stragglers
-from umbif.scale.launch import UNEXPECTED
 from umbif.scale.ranks import lost
 from umbif.scale.replicas import bit_sum, difference
 from umbif.scale.shares import held
 from umbif.scale.stragglers import Stragglers
-from umbif.scale.watchdog import Beat, suspects
+from umbif.scale.watchdog import Beat, Watch, Watchdog, suspects
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAULTS = ("killed@1:4", "raises@0:8", "weight@1:13", "stopped@1:17")
@@ -196,3 +196,26 @@ def test_a_process_that_is_slow_is_named_with_its_machine(
         callback.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
     assert logged == [("throughput/slowest", pytest.approx(0.3 / 0.11))]
     assert "Process 2 on c is slow: 2.7 times the median" in caplog.text
+
+
+def test_a_run_that_goes_on_after_all_is_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr("faulthandler.dump_traceback", lambda _: watch.moved(8, "a step", patience=100))
+    watch = Watch(tmp_path, limit_s=0.2)
+    watch.moved(7, "a step")
+    time.sleep(0.6)  # as of a process that a person has stopped for a while
+    watch.end()
+    assert "has waited 0 s or more in a step, after step 7" in capsys.readouterr().err
+    assert ended == []
+
+
+def test_a_run_that_ends_with_an_error_is_watched_no_more(tmp_path: Path) -> None:
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path), global_step=0)
+    watchdog = Watchdog(watchdog_s=0.2)
+    watchdog.on_train_start(trainer, None)  # type: ignore[arg-type]
+    watchdog.on_exception(trainer, None, RuntimeError())  # type: ignore[arg-type]
+    assert watchdog.watch is not None
+    assert watchdog.watch.ended.is_set()

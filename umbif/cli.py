@@ -13,13 +13,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from umbif import __version__
-from umbif.errors import Problem, UmbifError, UsageError, nearest
+from umbif.errors import UNEXPECTED, Problem, UmbifError, UsageError, nearest
 from umbif.files import refused
 from umbif.machine import is_child, is_first_here, is_launched, is_leader
 from umbif.progress import console
 
 INTERRUPTED = 128 + signal.SIGINT
-UNEXPECTED = 70  # EX_SOFTWARE
 app = typer.Typer(
     name="umbif",
     help="From folders of brain MRI to a pretrained 3D encoder and its clinical evaluation.",

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+UNEXPECTED = 70  # exit code EX_SOFTWARE of a process that ends with a traceback, and that something has started
 MOST_LETTERS = 200  # of what another library says
 
 

@@ -21,7 +21,10 @@ GROUP_FILES = (
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 OWN_RUN = "umbif-"  # how the id of what `umbif fit` starts begins
-LIBRARIES = ("torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse")
+LIBRARIES = (
+    "torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse",
+    "deepspeed",
+)  # fmt: skip
 
 
 def num_cores() -> int:

@@ -21,7 +21,7 @@ INSTALL = "pip install 'umbif[deepspeed]'"
 def strategy_of(trainer: Mapping[str, Any], devices: Sequence[torch.device]) -> Checkpointed:
     """The strategy for a `trainer:` block without `strategy_problems`, on these devices of each node."""
     word, num_processes = _word_of(trainer), len(devices) * (trainer.get("num_nodes") or 1)
-    if isinstance(word, Checkpointed):
+    if isinstance(word, DDP):
         return word
     if word.startswith(ZERO):
         from umbif.scale.deepspeed import DeepSpeed

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from umbif.errors import Transient
+from umbif.errors import UNEXPECTED, Transient
 from umbif.machine import OWN_RUN, is_child, num_cores
 from umbif.progress import console
 from umbif.scale.checkpoint_folder import checkpoints, step_of
@@ -22,7 +22,6 @@ from umbif.scale.checkpoint_folder import checkpoints, step_of
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-UNEXPECTED = 70  # EX_SOFTWARE: a process that ended with a traceback
 REFUSED = (1, 2)  # it has said why it cannot go on
 ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # it was told to end
 # How likely a process fell for the sake of another, by its exit code; the others' is 0.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,9 +22,20 @@ from umbif.scale.ranks import all_of, num_ranks, rank, told
 from umbif.scale.shares import Share
 from umbif.scale.tensor_file import Fingerprint, num_bytes_of, write_shares
 
-FATAL = " (a mistake of UMBIF's own)"  # ends the run: the next time would be the same
 MEMORY_SHARE = 0.5  # of what is free, for tensors that wait to be written
 log = logging.getLogger("umbif")
+
+
+class Trouble(NamedTuple):
+    """What went wrong.
+
+    Args:
+        what: For people.
+        passes: It may go well the next time, as where a disk is full.
+    """
+
+    what: str
+    passes: bool
 
 
 class Saver:
@@ -70,26 +81,27 @@ class Saver:
         if writing is None:
             return
         writing.wait()
-        problems = [f"process {i}: {problem}" for i, problem in enumerate(told(writing.problem)) if problem]
+        troubles = [trouble for trouble in told(writing.trouble) if trouble is not None]
         files = {name: found for of_rank in told(writing.files) for name, found in of_rank.items()}
-        if not problems and rank() == 0:
+        if not troubles and rank() == 0:
             assert set(files) == {STATE, *(SHARE.format(i) for i in range(num_ranks()))}
-            problems = _tried(lambda: folders.publish(writing.path, files, writing.about))
-        self._told_apart(writing.path, told(problems)[0])
+            troubles = _troubles(lambda: folders.publish(writing.path, files, writing.about))
+        self._went_well(writing.path, told(troubles)[0])
 
     def _begun(self, path: Path, num_bytes: int) -> bool:
         needed = sum(told(num_bytes))
-        problems = _tried(lambda: folders.begin(path, needed)) if rank() == 0 else []
-        return self._told_apart(path, told(problems)[0])
+        troubles = _troubles(lambda: folders.begin(path, needed)) if rank() == 0 else []
+        return self._went_well(path, told(troubles)[0])
 
-    def _told_apart(self, path: Path, problems: list[str]) -> bool:
-        """Whether it went well, said once where it did not."""
-        if not problems:
+    def _went_well(self, path: Path, troubles: list[Trouble]) -> bool:
+        """Whether it did; said once where it did not."""
+        if not troubles:
             return True
         if rank() == 0:
             folders.discard(path)
-        message = f"The checkpoint {path} could not be written: {'; '.join(problems)}. Earlier ones are intact."
-        if self.stop_on_failure or FATAL in message:
+        said = "; ".join(trouble.what for trouble in troubles)
+        message = f"The checkpoint {path} could not be written: {said}. Earlier ones are intact."
+        if self.stop_on_failure or not all(trouble.passes for trouble in troubles):
             raise UmbifError(message)
         if rank() == 0:
             log.warning("%s Training goes on, and tries again at the next one.", message)
@@ -102,7 +114,7 @@ class _Writing:
     def __init__(self, path: Path, state: bytes, shares: list[Share], about: Mapping[str, Any]) -> None:
         self.path, self.state, self.shares, self.about = path, state, shares, about
         self.files: dict[str, Fingerprint] = {}
-        self.problem = ""
+        self.trouble: Trouble | None = None
         self.thread: threading.Thread | None = None
 
     def start(self, beside: bool) -> None:
@@ -120,8 +132,7 @@ class _Writing:
             self.thread.join()
 
     def _write(self) -> None:
-        problems = _tried(self._write_files)
-        self.problem = problems[0] if problems else ""
+        self.trouble = next(iter(_troubles(self._write_files)), None)
         self.shares = []  # copies
 
     def _write_files(self) -> None:
@@ -151,14 +162,14 @@ def in_bytes(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _tried(work: Callable[[], None]) -> list[str]:
+def _troubles(work: Callable[[], None]) -> list[Trouble]:
     """What went wrong, to be told to the others: none of them may wait for one that has left."""
     try:
         work()
     except OSError as error:
-        return [error.strerror or str(error)]
+        return [Trouble(f"process {rank()}: {error.strerror or error}", passes=True)]
     except Exception as error:
-        return [f"{type(error).__name__}: {error}{FATAL}"]
+        return [Trouble(f"process {rank()}: {type(error).__name__}: {error}", passes=False)]
     return []
 
 

@@ -66,6 +66,10 @@ class Watchdog(Callback):
         """Has patience for the last save; later processes end at times of their own."""
         self._next(trainer, "the last save", PATIENCE)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ends with the training: what called it may live on."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Ends."""
         if self.watch is not None:
@@ -123,9 +127,8 @@ class Watch:
     def _run(self) -> None:
         number = 0
         while not self.ended.wait(self.limit_s / BEATS):
-            if time.monotonic() > self.until_s:
+            if self._is_late():
                 self._give_up()
-                return
             number += 1
             self._tell(Beat(number, self.step, self.phase, socket.gethostname()))
 
@@ -145,13 +148,17 @@ class Watch:
         _say(f"Process {rank()} has waited {self.limit_s:.0f} s or more in {self.phase}, after step {self.step}:")
         faulthandler.dump_traceback(sys.stderr)
         before = self._beats()
-        if self.ended.wait(2 * self.limit_s / BEATS):  # it was only slow
+        self.ended.wait(2 * self.limit_s / BEATS)
+        if self.ended.is_set() or not self._is_late():  # it was slow, or stopped for a while by a person
             end.cancel()
             return
         before.pop(rank(), None)  # this one has no time to beat
         for line in suspects(before, self._beats()):
             _say(line)
         os._exit(Transient.exit_code)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() > self.until_s
 
     def _beats(self) -> dict[int, Beat]:
         found = {}
