@@ -5,6 +5,8 @@ import os
 import warnings
 
 HARMLESS = {
+    # A frozen encoder is meant to be.
+    r".*module\(s\) in eval mode at the start of training.*": UserWarning,
     # Nothing is changed in place of what a network gives back.
     r".*FSDP2-wrapped module .* returned a view tensor.*": UserWarning,
     # The guard clips, and tells DeepSpeed to.

@@ -139,7 +139,7 @@ def _plan(run: Run) -> list[tuple[str, list[Chart]]]:
         ("What the encoder knows", _knowledge(run)),
         ("Optimisation", [LEARNING_RATE, GRADIENT]),
         ("Speed", [EXAMS_PER_S, MFU, DATA_WAIT, MEMORY]),
-        ("Trust", [GOODPUT, STALL, SLOWEST]),
+        ("Lost time", [GOODPUT, STALL, SLOWEST]),
     ]
 
 
