@@ -73,7 +73,7 @@ def _fit(recipe: Recipe, rank: int, num_processes: int, port: int) -> None:
     torch.set_num_threads(1)
     if num_processes > 1:
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    said = os.open(os.devnull, os.O_WRONLY)
+    said = os.open(Path(recipe.tree["run"]["dir"]).with_suffix(f".{rank}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1)
     os.dup2(said, 2)
     fit(recipe)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from small import small_recipe
@@ -60,6 +61,21 @@ def test_a_damaged_corpus_names_its_file_and_the_cure(
     folder = shutil.copytree(corpus_folder, tmp_path / "corpus")
     (folder / name).write_bytes(content)
     with pytest.raises(UsageError, match=f"{folder / name} is damaged, or not what it should be: {said}"):
+        Corpus(folder)
+
+
+@pytest.mark.parametrize("column", ["std", "byte_offset", "split"])
+def test_a_flipped_bit_in_a_table_is_not_read_as_another_value(
+    corpus_folder: Path, tmp_path: Path, column: str
+) -> None:
+    folder = shutil.copytree(corpus_folder, tmp_path / "corpus")
+    index = folder / "index.parquet"
+    group = pq.read_metadata(index).row_group(0)
+    chunk = next(found for i in range(group.num_columns) if (found := group.column(i)).path_in_schema == column)
+    content = bytearray(index.read_bytes())
+    content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
+    index.write_bytes(content)
+    with pytest.raises(UsageError, match=r"index\.parquet is damaged.*--merge"):
         Corpus(folder)
 
 

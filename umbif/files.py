@@ -73,10 +73,16 @@ def read_parquet(path: Path, cure: str, columns: Sequence[str] = ()) -> "pd.Data
     import pandas as pd
 
     with reading(path, cure), path.open("rb") as file:
-        table = pd.read_parquet(file)
+        table = pd.read_parquet(file, page_checksum_verification=True)
         if missing := [name for name in columns if name not in table]:
             raise ValueError(f"no column {', '.join(missing)}")
     return table
+
+
+def write_parquet(table: "pd.DataFrame", path: Path) -> None:
+    """Writes a table, whole or not at all. Without checksums a flipped bit may be read as another value."""
+    with whole(path) as aside:
+        table.to_parquet(aside, index=False, write_page_checksum=True)
 
 
 @contextmanager

@@ -189,7 +189,7 @@ def _to_bytes(table: pd.DataFrame) -> bytes:
     schema = pa.schema([*SCHEMA.items(), *((column, _TEXT) for column in labels)])
     columns = [*COLUMNS, *labels]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(table[columns], schema, preserve_index=False), buffer)
+    pq.write_table(pa.Table.from_pandas(table[columns], schema, preserve_index=False), buffer, write_page_checksum=True)
     return buffer.getvalue()
 
 

@@ -22,7 +22,7 @@ from umbif.corpus.processes import each
 from umbif.corpus.readers import UNREADABLE, BadVolume, Volume, read_volume
 from umbif.corpus.shards import ABOUT, ABOUT_CURE, BRAIN, LOOKED_UP, NUMBERS, TUMOUR, ShardWriter, encode, incomplete
 from umbif.errors import Problem, UmbifError, UsageError
-from umbif.files import naming, read_mapping, read_parquet, reading, whole, write_text
+from umbif.files import naming, read_mapping, read_parquet, reading, write_parquet, write_text
 from umbif.machine import num_cores
 from umbif.progress import stoppable, track
 
@@ -96,8 +96,8 @@ def merge(manifest: pd.DataFrame, out: Path) -> str:
     if good.empty:
         raise UmbifError("No exam could be prepared.\n" + _reasons(rows[rows["status"] != "ok"]))
     good = _as_known_now(good, manifest).sort_values("exam", kind="stable").reset_index(drop=True)
-    _write_table(rows[rows["status"] != "ok"][["exam", "path", "reason", "detail"]], out / "quarantine.parquet")
-    _write_table(good, out / "index.parquet")
+    write_parquet(rows[rows["status"] != "ok"][["exam", "path", "reason", "detail"]], out / "quarantine.parquet")
+    write_parquet(good, out / "index.parquet")
     return _summary(good, rows[rows["status"] != "ok"])
 
 
@@ -314,12 +314,7 @@ def _write_shards(results: Iterable[Result], folder: Path, stem: str) -> None:
 def _close(writer: ShardWriter, rows: list[Row]) -> None:
     """The rows come after the bytes: a shard without its table is written anew, a table has its shard."""
     writer.close()
-    _write_table(pd.DataFrame(rows), writer.path.with_suffix(".parquet"))
-
-
-def _write_table(table: pd.DataFrame, path: Path) -> None:
-    with whole(path) as aside:
-        table.to_parquet(aside, index=False)
+    write_parquet(pd.DataFrame(rows), writer.path.with_suffix(".parquet"))
 
 
 def _summary(good: pd.DataFrame, bad: pd.DataFrame) -> str:

@@ -22,7 +22,7 @@ from umbif.encoders.optimise import adamw
 from umbif.encoders.sharding import shard
 from umbif.encoders.vit import ViT3D
 from umbif.encoders.weights import save_encoder, write_tensors
-from umbif.files import read_parquet, whole
+from umbif.files import read_parquet, write_parquet
 from umbif.progress import track
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, PositiveShare
 from umbif.stream.augment import Augmentation
@@ -223,8 +223,7 @@ def youden_threshold(y: npt.NDArray[Any], score: npt.NDArray[Any]) -> float:
 def write_predictions(table: pd.DataFrame, folder: Path) -> Path:
     """Writes predictions.parquet of a run, whole or not at all."""
     path = folder / "predictions.parquet"
-    with whole(path) as aside:
-        table.to_parquet(aside, index=False)
+    write_parquet(table, path)
     return path
 
 
