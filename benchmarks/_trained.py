@@ -79,20 +79,21 @@ def _fit(recipe: Recipe, rank: int, num_processes: int, port: int) -> None:
     fit(recipe)
 
 
-def commanded(course: Course, corpus: Path, run_dir: Path, *more: str, limit_s: float = 300) -> tuple[int, str, float]:
-    """`umbif fit` as a user types it; its exit code, what it said, and the seconds that it took."""
+def commanded(
+    course: Course, corpus: Path, run_dir: Path, *more: str, limit_s: float = 300, within: Sequence[str] = ()
+) -> tuple[int, str]:
+    """`umbif fit` as a user types it, `within` another command; its exit code, and what it said."""
     recipe = course.composed(corpus, run_dir, *more)
     file = run_dir.parent / f"{run_dir.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(recipe.to_yaml())
     path = os.pathsep.join([str(HERE), str(TESTS), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "umbif", "fit", str(file)], env=environment, stdout=subprocess.PIPE,
+        [*within, sys.executable, "-m", "umbif", "fit", str(file)], env=environment, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False,
     )  # fmt: skip
-    return done.returncode, done.stdout, time.monotonic() - start
+    return done.returncode, done.stdout
 
 
 def free_port() -> int:
@@ -105,6 +106,11 @@ def free_port() -> int:
 def weights(run_dir: Path) -> bytes:
     """Of the encoder that a run has exported."""
     return (run_dir / "encoder" / "model.safetensors").read_bytes()
+
+
+def has_ended(run_dir: Path) -> bool:
+    """Whether a run has exported its encoder."""
+    return (run_dir / "encoder" / "model.safetensors").is_file()
 
 
 def losses(run_dir: Path) -> list[float]:

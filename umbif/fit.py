@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from umbif.agreement import doubts, refuse_disagreement
@@ -35,6 +34,7 @@ from umbif.scale.checkpoint_folder import checkpoints, remove_leftovers
 from umbif.scale.choice import strategy_of
 from umbif.scale.goodput import Goodput
 from umbif.scale.launch import end_with_launcher, launch
+from umbif.scale.loggers import TensorBoard
 from umbif.scale.metrics import MetricsCSV
 from umbif.scale.ranks import lost
 from umbif.scale.stragglers import Stragglers
@@ -234,7 +234,7 @@ def make_trainer(
         raise UsageError(problems)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
-        loggers = [MetricsCSV(folder), TensorBoardLogger(str(folder), "tensorboard", "")]
+        loggers = [MetricsCSV(folder), TensorBoard(str(folder), "tensorboard", "")]
     try:
         strategy = strategy_of(options, devices_of(options))
         strategy.about = about

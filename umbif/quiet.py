@@ -2,6 +2,8 @@
 
 import logging
 import os
+import sys
+import threading
 import warnings
 
 HARMLESS = {
@@ -36,7 +38,14 @@ CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distribut
 def quiet() -> None:
     """Silences `HARMLESS` warnings and the banners of libraries."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    threading.excepthook = _of_a_thread
     for message, category in HARMLESS.items():
         warnings.filterwarnings("ignore", message=message, category=category)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _of_a_thread(args: threading.ExceptHookArgs) -> None:
+    """That of TensorBoard ends where a disk is full, which its logger says."""
+    if not issubclass(args.exc_type, OSError):
+        sys.__excepthook__(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)

@@ -124,6 +124,7 @@ def write_provenance(folder: Path, recipe: Recipe) -> None:
 def _log_file(path: Path) -> Iterator[None]:
     """Writes what is logged to a file, and warnings to the console too: who watches must not miss them."""
     file = logging.FileHandler(path)
+    file.handleError = lambda _: None  # type: ignore[method-assign, assignment]  # a full disk would print a traceback a line
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     shown = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     logger = logging.getLogger("umbif")

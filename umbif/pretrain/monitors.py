@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from umbif.corpus.shards import BRAIN, Corpus
 from umbif.encoders.probing import MIN_PERSONS, MISSING, answerable, feature_std, knn_accuracy, linear_probe, rank_me
+from umbif.errors import one_line
 from umbif.pretrain.pictures import VISIBLE_SHARE, held_out_exam, write_reconstruction
 from umbif.ranges import PositiveInt, Seed
 from umbif.stream.exams import Exams, Sample, collate, most_sequences, person_codes, read_view
@@ -125,7 +126,11 @@ class Monitors(Callback):
             as_forward(module, lambda: module.shown_and_predicted(padded, VISIBLE_SHARE))
             return
         folder = Path(trainer.default_root_dir) / "figures"
-        paths = as_forward(module, lambda: write_reconstruction(module, exam, folder))
+        try:
+            paths = as_forward(module, lambda: write_reconstruction(module, exam, folder))
+        except OSError as error:
+            log.warning("No reconstruction was drawn: %s", one_line(error))
+            return
         for logger in (found for found in trainer.loggers if isinstance(found, TensorBoardLogger)):
             for path in paths:
                 name = path.stem.replace("_", "/", 1)

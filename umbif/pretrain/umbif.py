@@ -237,7 +237,7 @@ class UMBIF(pl.LightningModule):
         try:
             with stance:
                 write_reconstruction(self.cpu().eval(), held_out_exam(data), folder)
-        except UmbifError as error:
+        except (UmbifError, OSError) as error:
             log.warning("No reconstruction was drawn: %s", error)
 
     @torch.no_grad()

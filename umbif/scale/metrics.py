@@ -10,19 +10,23 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from umbif.files import reading, whole
 from umbif.machine import is_leader
+from umbif.scale.loggers import Spared
 
 
-class MetricsCSV(Logger):
-    """Appends rows; a new column rewrites the file once.
+class MetricsCSV(Spared, Logger):
+    """Appends rows; a new column rewrites the file once. Rows that a full disk does not take wait until it does.
 
     Args:
         folder: Of the run.
     """
 
+    called = "metrics.csv"
+
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.last: dict[str, str] = {}
+        self.waiting: list[dict[str, str]] = []  # in no file yet
         self.columns = ["step", "slot"]
 
     @property
@@ -47,14 +51,7 @@ class MetricsCSV(Logger):
             return
         joins = self.last.get("step") == str(step)
         self.last = {**self.last, **values} if joins else {"step": str(step), **values}
-        new = [c for c in self.last if c not in self.columns]
-        if joins or new or not self.path.exists():
-            self.columns += new
-            before = self._existing()
-            self._rewrite([*(before[:-1] if joins else before), self.last])
-        else:
-            with self.path.open("a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(self.last)
+        self.spare(self._append_row, joins)
 
     def go_on_from(self, step: int) -> None:
         """Drops rows of work that was lost: those from a step on."""
@@ -64,12 +61,26 @@ class MetricsCSV(Logger):
         self.columns = list(kept[0]) if kept else self.columns
         self._rewrite(kept)
 
+    def _append_row(self, joins: bool) -> None:
+        """The last row; it takes the place of one of the same step."""
+        new = [c for c in self.last if c not in self.columns]
+        simple = not (joins or new or self.waiting)
+        self.columns += new
+        self.waiting = [row for row in self.waiting if row["step"] != self.last["step"]] + [self.last]
+        if simple and self.path.exists():
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(self.last)
+        else:
+            steps = {row["step"] for row in self.waiting}
+            self._rewrite([*(row for row in self._existing() if row["step"] not in steps), *self.waiting])
+        self.waiting = []
+
     def _existing(self) -> list[dict[str, str]]:
         if not self.path.exists():
             return []
         cure = "Copy it again, or delete it: the run goes on and begins another"
         with reading(self.path, cure), self.path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in row]
+            return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in {*row, *row.values()}]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         with whole(self.path) as aside, aside.open("w", newline="") as file:

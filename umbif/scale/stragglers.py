@@ -3,7 +3,7 @@
 import logging
 import socket
 import time
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,7 +43,7 @@ class Stragglers(Callback):
             return
         self.compared_step = step
         means_s, hosts = zip(*told((self.clock.mean_s(), socket.gethostname())), strict=True)
-        usual_s = median(means_s)
+        usual_s = median_low(means_s)
         slowest = max(range(len(means_s)), key=means_s.__getitem__)
         pl_module.log("throughput/slowest", means_s[slowest] / usual_s)
         if trainer.is_global_zero and means_s[slowest] > self.factor * usual_s:
