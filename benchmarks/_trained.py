@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from _kills import forked
@@ -19,6 +19,21 @@ from umbif.recipe.compose import Recipe
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests"
 sys.path.insert(0, str(TESTS))  # recipes at the size of tests
+
+
+def small_corpus(place: Path, shape: tuple[int, int, int] = (20, 24, 22), spacing_mm: float = 2.0) -> Path:
+    """Eight exams as the tests make them, as large as one likes."""
+    from exams import write_exams
+
+    from umbif.corpus.index import build_manifest
+    from umbif.corpus.prepare import merge, prepare_corpus
+    from umbif.corpus.preprocess import Preparation
+
+    write_exams(place / "TINY", shape, spacing_mm)
+    manifest = build_manifest([place / "TINY"], test_fraction=0.25, seed=8, num_workers=0)
+    prepare_corpus(manifest, place / "corpus", Preparation(spacing_mm=spacing_mm, min_brain_ml=5.0), num_workers=0)
+    merge(manifest, place / "corpus")
+    return place / "corpus"
 
 
 class Course(NamedTuple):
@@ -83,17 +98,22 @@ def commanded(
     course: Course, corpus: Path, run_dir: Path, *more: str, limit_s: float = 300, within: Sequence[str] = ()
 ) -> tuple[int, str]:
     """`umbif fit` as a user types it, `within` another command; its exit code, and what it said."""
-    recipe = course.composed(corpus, run_dir, *more)
+    started = command(course.composed(corpus, run_dir, *more), within)
+    done = subprocess.run(
+        **started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
+    )
+    return done.returncode, done.stdout
+
+
+def command(recipe: Recipe, within: Sequence[str] = ()) -> dict[str, Any]:
+    """What a subprocess needs to train a recipe, which is written beside its run folder."""
+    run_dir = Path(recipe.tree["run"]["dir"])
     file = run_dir.parent / f"{run_dir.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(recipe.to_yaml())
     path = os.pathsep.join([str(HERE), str(TESTS), *sys.path])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [*within, sys.executable, "-m", "umbif", "fit", str(file)], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    return {"args": [*within, sys.executable, "-m", "umbif", "fit", str(file)], "env": environment}
 
 
 def free_port() -> int:

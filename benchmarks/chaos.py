@@ -27,6 +27,7 @@ from _kills import KINDS as SAVES
 from _kills import POINTS, kills
 from _report import commit, hardware
 from _resumes import paired_cases, resume_cases, size_cases
+from _trained import small_corpus
 
 from umbif.quiet import quiet
 
@@ -54,21 +55,6 @@ GROUPS: dict[str, Callable[[Path, Path], Cases]] = {
 ALL = [name for name in GROUPS if name != "paired"]  # which `resume` holds
 QUICK = {"kills": 2, "checkpoints": 3, "disks": 1, "corpus": 1, "sizes": 1, "faults": 3, "paired": 4}
 MOST_LINES = 30  # of a table of the page
-
-
-def small_corpus(place: Path) -> Path:
-    """Eight tiny exams, as the tests make them."""
-    from exams import SPACING_MM, write_exams
-
-    from umbif.corpus.index import build_manifest
-    from umbif.corpus.prepare import merge, prepare_corpus
-    from umbif.corpus.preprocess import Preparation
-
-    write_exams(place / "TINY")
-    manifest = build_manifest([place / "TINY"], test_fraction=0.25, seed=8, num_workers=0)
-    prepare_corpus(manifest, place / "corpus", Preparation(spacing_mm=SPACING_MM, min_brain_ml=5.0), num_workers=0)
-    merge(manifest, place / "corpus")
-    return place / "corpus"
 
 
 def told(row: Row) -> str:

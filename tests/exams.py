@@ -13,27 +13,28 @@ EXAMS = {  # two persons come twice; every number of sequences from one to four
 WITH_TUMOUR = ("P1_ses-1", "P4")
 
 
-def write_exams(folder: Path) -> None:
+def write_exams(folder: Path, shape: tuple[int, int, int] = SHAPE, spacing_mm: float = SPACING_MM) -> None:
     """Writes `EXAMS`: flair is float32, the rest int16."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for exam, sequences in EXAMS.items():
-        brain, tissue = _head(rng)
+        brain, tissue = _head(rng, shape)
         for sequence in sequences.split():
-            values = brain * (tissue * rng.uniform(0.5, 2) + 20 * rng.random(SHAPE) + rng.uniform(500, 900))
-            _write(folder / f"{exam}_{sequence}.nii.gz", values.astype(np.float32 if sequence == "flair" else np.int16))
+            values = brain * (tissue * rng.uniform(0.5, 2) + 20 * rng.random(shape) + rng.uniform(500, 900))
+            values = values.astype(np.float32 if sequence == "flair" else np.int16)
+            _write(folder / f"{exam}_{sequence}.nii.gz", values, spacing_mm)
         if exam in WITH_TUMOUR:
             tumour = brain & (tissue > np.percentile(tissue[brain], 90))
-            _write(folder / f"{exam}_seg.nii.gz", tumour.astype(np.uint8))
+            _write(folder / f"{exam}_seg.nii.gz", tumour.astype(np.uint8), spacing_mm)
 
 
-def _head(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """An ellipsoid, and waves within it."""
-    where = [np.arange(n) - n / 2 + rng.uniform(-1, 1) for n in SHAPE]
+    where = [np.arange(n) - n / 2 + rng.uniform(-1, 1) for n in shape]
     x, y, z = np.meshgrid(*where, indexing="ij")
-    brain = sum((axis / rng.uniform(0.35, 0.42) / n) ** 2 for axis, n in zip((x, y, z), SHAPE, strict=True)) < 1
+    brain = sum((axis / rng.uniform(0.35, 0.42) / n) ** 2 for axis, n in zip((x, y, z), shape, strict=True)) < 1
     return brain, 100 * (np.sin(x / rng.uniform(2, 4)) + np.cos(y / rng.uniform(2, 4)) + np.sin(z / 3))
 
 
-def _write(path: Path, data: np.ndarray) -> None:
-    nib.save(nib.Nifti1Image(data, np.diag([-SPACING_MM, -SPACING_MM, SPACING_MM, 1])), path)
+def _write(path: Path, data: np.ndarray, spacing_mm: float) -> None:
+    nib.save(nib.Nifti1Image(data, np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1])), path)

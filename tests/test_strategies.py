@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from small import labelled
 from strategy_ranks import ACCUMULATED, Job, run
 
+from umbif.recipe.check import check
+from umbif.recipe.compose import compose
 from umbif.scale.choice import strategy_problems
 from umbif.scale.shares import Share, held, to_write
 from umbif.scale.strategies import DDP
@@ -176,6 +178,29 @@ def test_what_does_not_go_together_is_refused_with_its_cure(
 ) -> None:
     model = {"encoder": SimpleNamespace(can_mask=True), **model}
     problems = [str(problem) for problem in strategy_problems(trainer, SimpleNamespace(**model))]
+    assert any(said in problem for problem in problems), problems
+
+
+OPTIONS = "trainer.strategy.class_path=umbif.scale.strategies.DDP"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.accumulate_grad_batches=0", "trainer.num_nodes=0"], "num_nodes: expected at least 1: got 0"),
+        (["trainer.accumulate_grad_batches=-2"], "accumulate_grad_batches: expected at least 1: got -2"),
+        ([OPTIONS, "trainer.strategy.bucket_cap_mb=many"], "bucket_cap_mb: expected int: got 'many'"),
+        ([OPTIONS, "trainer.strategy.find_unused=true"], "Did you mean find_unused_parameters?"),
+        (["trainer.strategy.class_path=umbif.scale.strategies.DPP"], "Did you mean DDP?"),
+        (["trainer.strategy=[ddp]"], "trainer.strategy: expected class_path and its arguments"),
+        (["callbacks.watchdog.watchdog_s=0"], "watchdog_s: expected more than 0: got 0"),
+        (["run.restarts=-1"], "run.restarts: expected at least 0: got -1"),
+    ],
+)
+def test_values_that_nothing_can_be_made_of_are_refused_before_anything_is_built(
+    overrides: list[str], said: str
+) -> None:
+    problems = [str(problem) for problem in check(compose("pretrain/umbif_tiny", ["data.corpus=c", *overrides]))]
     assert any(said in problem for problem in problems), problems
 
 

@@ -26,7 +26,7 @@ def refuse_disagreement(built: Built) -> None:
     problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built)]
     problems += strategy_problems(built.trainer_args, built.model)
     if problems:
-        raise UsageError(problems, str(built.data.corpus.folder))
+        raise UsageError(problems, f"the recipe, with {built.data.corpus.folder}")
 
 
 def doubts(built: Built) -> list[str]:

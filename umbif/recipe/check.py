@@ -36,6 +36,7 @@ from umbif.recipe.words import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+COUNTS = ("accumulate_grad_batches", "num_nodes")  # of which Lightning takes 0, or says little
 TRAINING_KEYS = ("run", "model", "data", "trainer", "callbacks")
 
 
@@ -89,6 +90,9 @@ def _check_training(tree: Mapping[str, Any]) -> list[Problem]:
 def _check_trainer(target: Callable[..., Any], arguments: Any) -> list[Problem]:
     own = [name for name in TRAINER_OWN if isinstance(arguments, Mapping) and name in arguments]
     problems = [Problem(f"trainer.{name} is no value of a recipe", cure=TRAINER_OWN[name]) for name in own]
+    counts = {name: arguments.get(name) for name in COUNTS} if isinstance(arguments, Mapping) else {}
+    few = {name: num for name, num in counts.items() if isinstance(num, int) and num < 1}
+    problems += [Problem(f"trainer.{name}: expected at least 1", str(num)) for name, num in few.items()]
     rest = {name: arguments[name] for name in arguments if name not in own} if own else arguments
     return problems + _check_arguments(target, rest, "trainer", skip=TRAINER_OWN)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from umbif.errors import Transient, UmbifError
+from umbif.ranges import PositiveInt
 from umbif.scale import shares
 from umbif.scale.checkpoint_folder import SHARES, STATE, checkpoints, is_complete, problem_of, set_aside
 from umbif.scale.ranks import num_ranks, rank, told
@@ -144,7 +145,26 @@ class Single(Checkpointed, SingleDeviceStrategy):
 
 
 class DDP(Checkpointed, DDPStrategy):
-    """Whole weights everywhere."""
+    """Whole weights everywhere. Options are those of torch's DistributedDataParallel.
+
+    Args:
+        find_unused_parameters: Look at every step for weights without a gradient; slower.
+        static_graph: Every step uses the same weights in the same order.
+        gradient_as_bucket_view: Gradients lie where they are summed: less memory.
+        bucket_cap_mb: Of gradients that are summed together.
+    """
+
+    def __init__(
+        self,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: PositiveInt = 25,
+    ) -> None:
+        super().__init__(
+            find_unused_parameters=find_unused_parameters, static_graph=static_graph,
+            gradient_as_bucket_view=gradient_as_bucket_view, bucket_cap_mb=bucket_cap_mb,
+        )  # fmt: skip
 
 
 class FSDP2(Checkpointed, ModelParallelStrategy):

@@ -1,0 +1,158 @@
+"""What UMBIF costs beside the work itself: its loop, its checkpoints, and a second process.
+
+    python benchmarks/scale.py                       ViT-S at 96³ on CPUs, about twenty minutes
+    python benchmarks/scale.py --quick               seconds, at a size that says nothing
+    python benchmarks/scale.py --only loops,stall    without the second process
+
+Loops take turns within one process, A B C A B C …; times are seconds of this process, and ratios are of the same turn.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+import torch
+from _loops import LOOPS, stalls
+from _report import Row, print_table, write_json
+from _trained import command, small_corpus
+
+from umbif.quiet import quiet
+from umbif.recipe.compose import Recipe, compose
+
+CPU = torch.device("cpu")
+SHAPE, CROP = (150, 180, 150), 96
+QUICK_SHAPE, QUICK_CROP = (40, 48, 44), 32
+LOG_EVERY, SAVE_EVERY, DEFAULT_INTERVAL = 50, 5, 500
+MOST = {"bare Lightning": 1.02, "bare PyTorch": 1.05}
+MOST_STALL = 0.01
+SAME_LOSS = 1e-5
+Rows = Iterator[Row]
+
+
+class Sizes:
+    """What is trained, and for how long.
+
+    Args:
+        quick: At a size that says nothing.
+        place: For the corpus and for runs.
+    """
+
+    def __init__(self, quick: bool, place: Path) -> None:
+        self.quick, self.place, self.num_runs = quick, place, 0
+        self.corpus = small_corpus(place, QUICK_SHAPE if quick else SHAPE, 1.0)
+        self.num_steps, self.rounds, self.exams = (6, 1, 2) if quick else (LOG_EVERY + 2, 5, 2)
+
+    def recipe(self, num_steps: int, *more: str) -> Recipe:
+        """As it is but for what makes it large."""
+        crop = [QUICK_CROP if self.quick else CROP] * 3
+        small = ("model.encoder.depth=2", "model.decoder.depth=1") if self.quick else ()
+        return compose("pretrain/umbif_vits", [
+            "hardware=cpu", f"data.corpus={self.corpus}", f"run.dir={self.folder()}", f"data.crop_size={crop}",
+            f"data.global_batch_size={self.exams}", "data.num_workers=0", "data.num_val_exams=0",
+            f"trainer.max_steps={num_steps}", "model.warmup_steps=1", "callbacks.monitors=null", *small, *more,
+        ])  # fmt: skip
+
+    def folder(self) -> Path:
+        """Of a run that was not there before."""
+        self.num_runs += 1
+        return self.place / f"run_{self.num_runs}"
+
+
+def loops(sizes: Sizes) -> Rows:
+    """The same training in our loop, in a bare Trainer, and in a bare loop."""
+    turns = []
+    for number in range(sizes.rounds + 1):
+        recipe = sizes.recipe(sizes.num_steps)
+        timed = {name: loop(recipe, sizes.folder()) for name, loop in LOOPS.items()}
+        losses = [one.last_loss for one in timed.values()]
+        if max(losses) - min(losses) > SAME_LOSS * abs(losses[0]):
+            raise SystemExit(f"the loops do not do the same work: their last losses are {losses}")
+        turns += [timed] if number else []  # the first is a warm-up
+    for name in LOOPS:
+        step_s = median(turn[name].step_s for turn in turns)
+        ratio = median(turn["umbif fit"].step_s / turn[name].step_s for turn in turns)
+        yield Row("a step of the loop", name, step_s, "s", ratio)
+    for name, most in MOST.items():
+        extra_s = median(turn["umbif fit"].step_s - turn[name].step_s for turn in turns)
+        yield Row(f"what a step takes beyond it; at most {most - 1:.0%}", name, 1000 * extra_s, "ms", None)
+
+
+def stall(sizes: Sizes) -> Rows:
+    """What training waits for a checkpoint, written beside it and not."""
+    step_s = LOOPS["umbif fit"](sizes.recipe(sizes.num_steps), sizes.folder()).wall_s
+    recipe = sizes.recipe(3 * SAVE_EVERY, f"callbacks.checkpoint.every_n_steps={SAVE_EVERY}")
+    for asynchronous, name in ((True, "beside training"), (False, "at once")):
+        found = [stalls(recipe, sizes.folder(), asynchronous) for _ in range(sizes.rounds)]
+        stall_s, num_bytes = median(s for s, _ in found), found[0][1]
+        yield Row("a checkpoint", name, num_bytes / 2**20, "MiB", None)
+        yield Row("waiting for one save", name, 1000 * stall_s, "ms", None)
+        share = stall_s / (stall_s + DEFAULT_INTERVAL * step_s)
+        yield Row(f"share of the time at the default interval; at most {MOST_STALL:.0%}", name, 100 * share, "%", None)
+
+
+def weak(sizes: Sizes) -> Rows:
+    """Twice the exams with twice the processes, beside two trainings that do not know of each other."""
+    one, two = sizes.exams, 2 * sizes.exams
+    ways = {"1 process": ("auto", 1, one), "2, ddp": ("ddp", 2, two), "2, fsdp2": ("fsdp2", 2, two)}
+    rates: dict[str, list[float]] = {}
+    for number in range(max(1, sizes.rounds - 2) + 1):
+        for name, way in ways.items():
+            found = sum(rates_of(sizes, [way]))
+            rates.setdefault(name, []).extend([found] if number else [])
+        apart = sum(rates_of(sizes, [ways["1 process"]] * 2))
+        rates.setdefault("2 trainings", []).extend([apart] if number else [])
+    for name, found in rates.items():
+        ratio = median(a / b for a, b in zip(found, rates["1 process"], strict=True))
+        yield Row("exams a second, of so many processes", name, median(found), "1/s", ratio)
+
+
+def rates_of(sizes: Sizes, ways: Sequence[tuple[str, int, int]]) -> list[float]:
+    """Exams a second of trainings that run at the same time."""
+    started = []
+    for strategy, num, exams in ways:
+        recipe = sizes.recipe(
+            12 if sizes.quick else 40, f"trainer.strategy={strategy}", f"trainer.devices={num}",
+            f"data.global_batch_size={exams}", "trainer.log_every_n_steps=4",
+        )  # fmt: skip
+        process = subprocess.Popen(**command(recipe), stdout=subprocess.DEVNULL)
+        started.append((Path(recipe.tree["run"]["dir"]), process))
+    if any(process.wait() for _, process in started):
+        raise SystemExit("a training has failed")
+    tables = [pd.read_csv(run / "metrics.csv") for run, _ in started]
+    return [float(table["throughput/exams_per_s"].dropna().iloc[1:].median()) for table in tables]
+
+
+PARTS: dict[str, Callable[[Sizes], Rows]] = {"loops": loops, "stall": stall, "weak": weak}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="What UMBIF costs beside the work itself")
+    parser.add_argument("--quick", action="store_true", help="at a size that says nothing")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, of loops, stall, weak")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(arguments)
+    quiet()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="umbif_scale_") as folder:
+        sizes = Sizes(args.quick, Path(folder))
+        rows = [row for name in args.only.split(",") for row in PARTS[name](sizes)]
+    lines = [(f"{row.work}: {row.contestant}", f"{row.value:.4g} {row.unit}", said(row.ratio)) for row in rows]
+    print_table("Beside the work", ("", "found", "ratio"), lines)
+    print("Of a loop, the ratio is our step over its own; of processes, their rate over that of one.")
+    if args.json:
+        write_json(args.json, rows, CPU)
+
+
+def said(ratio: float | None) -> str:
+    """Of the table."""
+    return "" if ratio is None else f"{ratio:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
