@@ -67,6 +67,7 @@ def trained(course: Course, corpus: Path, run_dir: Path, num_processes: int, *mo
     What the others of one that has fallen do is to wait: they are killed as soon as one has ended badly.
     """
     recipe = course.composed(corpus, run_dir, *more, f"trainer.devices={num_processes}")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
     children = [forked(lambda rank=rank: _fit(recipe, rank, num_processes, port)) for rank in range(num_processes)]
     codes: dict[int, int] = {}
