@@ -14,6 +14,7 @@ from umbif.fit import fit
 from umbif.recipe.compose import Recipe
 from umbif.scale.deepspeed import DeepSpeed
 
+LEFT_WHOLE = 200  # elements of a weight: biases and norms are smaller
 EXAMS_PER_STEP, ACCUMULATED = 12, 2  # shared by one, two, three or four processes
 
 
@@ -83,18 +84,18 @@ class Losses(pl.Callback):
 def run(jobs: list[Job], corpus: Path, world_size: int) -> None:
     """Does all jobs, alone or as one of some processes, of which the environment tells."""
     torch.set_num_threads(1)
-    shard_small_weights_too()
+    shard_small_weights_too(LEFT_WHOLE if world_size == 2 else 0)
     for job in jobs:
         fit(job.composed(corpus, world_size))
 
 
-def shard_small_weights_too() -> None:
-    """DeepSpeed leaves weights whole that are as small as those of these tests."""
+def shard_small_weights_too(left_whole: int) -> None:
+    """DeepSpeed leaves weights whole that are as small as those of these tests: all of them, or of so few elements."""
     begun = DeepSpeed.__init__
 
     def begin(self: Any, *args: Any, **options: Any) -> None:
         begun(self, *args, **options)
-        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = left_whole
 
     DeepSpeed.__init__ = begin  # type: ignore[method-assign]
 
