@@ -5,7 +5,8 @@
     python benchmarks/chaos.py --quick            a few cases of each, minutes
     python benchmarks/chaos.py --only soak --soak 1000 --seed 1
 
-Ends with exit code 0 where every row is as expected. `--json FILE` keeps the rows, `--docs FILE` writes a page of them.
+Ends with exit code 0 where every row is as expected. `--json FILE` keeps the rows, each group in the place of its
+earlier ones, and `--docs FILE` writes a page of all that are kept.
 """
 
 import argparse
@@ -55,6 +56,7 @@ GROUPS: dict[str, Callable[[Path, Path], Cases]] = {
 ALL = [name for name in GROUPS if name != "paired"]  # which `resume` holds
 QUICK = {"kills": 2, "checkpoints": 3, "disks": 1, "corpus": 1, "sizes": 1, "faults": 3, "paired": 4}
 MOST_LINES = 30  # of a table of the page
+FIELDS = ("group", "case", "expected", "found")
 
 
 def told(row: Row) -> str:
@@ -63,29 +65,39 @@ def told(row: Row) -> str:
     return f"{mark}  {row.group}: {row.case}: {row.found}" + ("" if row.is_expected else f" instead of {row.expected}")
 
 
-def write_docs(path: Path, rows: Sequence[Row]) -> None:
-    """The rows as a page."""
-    num = sum(row.is_expected for row in rows)
-    lines = ["# What was done to trainings, and what became of them", "", f"{num} of {len(rows)} cases as expected."]
-    lines += [f"Written by `python benchmarks/chaos.py --docs` at {commit()}, {hardware(CPU)}.", ""]
-    for group in dict.fromkeys(row.group for row in rows):
-        mine = [row for row in rows if row.group == group]
-        lines += [f"## {group.capitalize()}", "", "| case | found |", "|---|---|", *lines_of(mine), ""]
+def write_page(path: Path, source: Path) -> None:
+    """The rows of a file as a page."""
+    found = json.loads(source.read_text())
+    good = sum(one["expected"] == one["found"] for one in found)
+    lines = ["# What was done to trainings, and what became of them", ""]
+    lines += ["Written by `python benchmarks/chaos.py --docs`, of `benchmarks/results/chaos.json`: trainings of a tiny"]
+    lines += ["encoder on tiny exams, disturbed on purpose, and held against those that were left alone.", ""]
+    lines += [f"**{good} of {len(found)} cases as expected.** In bold what was not.", ""]
+    for group in dict.fromkeys(one["group"] for one in found):
+        mine = [one for one in found if one["group"] == group]
+        where = "; ".join(dict.fromkeys(f"commit {one['commit']}, {one['hardware']}" for one in mine))
+        rows = [Row(**{name: one[name] for name in FIELDS}) for one in mine]
+        lines += [f"## {group.capitalize()}", "", f"{where}.", "", "| case | found |", "|---|---|", *lines_of(rows), ""]
     path.write_text("\n".join(lines))
 
 
 def lines_of(rows: Sequence[Row]) -> list[str]:
     """Of a table; of many cases those that begin alike in one line, and those that went wrong by themselves."""
     if len(rows) <= MOST_LINES:
-        return [f"| {row.case} | {row.found} |" for row in rows]
+        return [line_of(row) for row in rows]
     kinds = dict.fromkeys(row.case.split(",")[0] for row in rows)
     alike = {kind: [row for row in rows if row.case.split(",")[0] == kind] for kind in kinds}
     lines = []
     for kind, several in alike.items():
         good = [row for row in several if row.is_expected]
         lines += [f"| {kind}: {len(several)} cases | {len(good)}: {good[0].found} |"] if good else []
-        lines += [f"| {row.case} | **{row.found}** |" for row in several if not row.is_expected]
+        lines += [line_of(row) for row in several if not row.is_expected]
     return lines
+
+
+def line_of(row: Row) -> str:
+    """Of a table."""
+    return f"| {row.case} | {row.found if row.is_expected else f'**{row.found}**'} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,11 +117,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     num = sum(row.is_expected for row in rows)
     print(f"{num} of {len(rows)} as expected")
     if args.json:
-        source = {"hardware": hardware(CPU), "commit": commit()}
-        args.json.write_text(json.dumps({**source, "rows": [asdict(row) for row in rows]}, indent=1))
+        keep(args.json, rows)
     if args.docs:
-        write_docs(args.docs, rows)
+        write_page(args.docs, args.json)
     return int(num < len(rows))
+
+
+def keep(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows to a file, in which they take the place of their groups."""
+    before = json.loads(path.read_text()) if path.exists() else []
+    source = {"hardware": hardware(CPU), "commit": commit()}
+    groups = {row.group for row in rows}
+    path.write_text(json.dumps([
+        *(one for one in before if one["group"] not in groups), *({**source, **asdict(row)} for row in rows),
+    ], indent=1) + "\n")  # fmt: skip
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -120,9 +141,11 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--soak", type=int, default=100, metavar="N", help="random faults of the soak")
     parser.add_argument("--seed", type=int, default=0, help="of the soak")
     parser.add_argument("--json", type=Path, help="where to keep the rows")
-    parser.add_argument("--docs", type=Path, help="where to write them as a page")
+    parser.add_argument("--docs", type=Path, help="where to write a page of all that --json holds")
     args = parser.parse_args(arguments)
-    args.only = args.only or [*(QUICK if args.quick else ALL)]
+    if args.docs and not args.json:
+        parser.error("--docs needs --json, of which it is made")
+    args.only = [*(QUICK if args.quick else ALL)] if args.only is None else [name for name in args.only if name]
     if wrong := {*args.only} - {*GROUPS}:
         parser.error(f"--only {','.join(wrong)}: choose from {', '.join(GROUPS)}")
     GROUPS["soak"] = partial(soak, num_faults=args.soak, seed=args.seed)
