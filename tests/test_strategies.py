@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from small import labelled
 from strategy_ranks import ACCUMULATED, Job, run
 
+from umbif.agreement import norm_problems
+from umbif.encoders.cnn import CNN3D
 from umbif.recipe.check import check
 from umbif.recipe.compose import compose
 from umbif.scale.choice import strategy_problems
@@ -179,6 +181,25 @@ def test_what_does_not_go_together_is_refused_with_its_cure(
     model = {"encoder": SimpleNamespace(can_mask=True), **model}
     problems = [str(problem) for problem in strategy_problems(trainer, SimpleNamespace(**model))]
     assert any(said in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("norm", "trainer", "num_problems"),
+    [
+        ("batch", {"accelerator": "cpu", "devices": 2}, 1), ("batch", {"accelerator": "cpu", "devices": 1}, 0),
+        ("batch", {"accelerator": "cpu", "devices": 2, "sync_batchnorm": True}, 1),
+        ("batch", {"accelerator": "cuda", "devices": 2, "sync_batchnorm": True}, 0),
+        ("group", {"accelerator": "cpu", "devices": 2}, 0),
+    ],
+)  # fmt: skip
+def test_batch_norm_that_would_differ_between_processes_is_refused(
+    norm: Any, trainer: dict[str, Any], num_problems: int
+) -> None:
+    built = SimpleNamespace(trainer_args=trainer, model=CNN3D("resnet50", norm=norm))
+    problems = [*norm_problems(built)]  # type: ignore[arg-type]
+    assert len(problems) == num_problems
+    built.model.requires_grad_(False)
+    assert not [*norm_problems(built)]  # type: ignore[arg-type]
 
 
 OPTIONS = "trainer.strategy.class_path=umbif.scale.strategies.DDP"

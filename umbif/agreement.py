@@ -5,10 +5,12 @@ What would go wrong is refused; what makes a result doubtful is told.
 
 from collections.abc import Iterator
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 from umbif.corpus.people import num_held_out
 from umbif.encoders.weights import own_source, read_config, seen_by
 from umbif.errors import Problem, UsageError
-from umbif.hardware import slow_precision
+from umbif.hardware import Asked, slow_precision
 from umbif.recipe.build import Built
 from umbif.scale.choice import strategy_problems
 
@@ -21,10 +23,11 @@ def refuse_disagreement(built: Built) -> None:
 
     Raises:
         UsageError: Encoder and voxels of the corpus do not fit, a crop is smaller than a patch, contrast has nothing
-            to match, precision or strategy is none of ours, or it cannot do what the model asks; all of them are named.
+            to match, batch norm would differ between processes, precision or strategy is none of ours, or it cannot do
+            what the model asks; all of them are named.
     """
     problems = [*scale_problems(built), *sibling_problems(built), *precision_problems(built)]
-    problems += strategy_problems(built.trainer_args, built.model)
+    problems += [*norm_problems(built), *strategy_problems(built.trainer_args, built.model)]
     if problems:
         raise UsageError(problems, f"the recipe, with {built.data.corpus.folder}")
 
@@ -78,6 +81,16 @@ def sibling_problems(built: Built) -> Iterator[Problem]:
     if contrast is not None and contrast.options.unit == "sequence" and share == 1:
         cure = "Set it below 1, or model.contrast.unit=view"
         yield Problem("data.disjoint_share must leave views that share a sequence to compare", f"{share:g}", cure)
+
+
+def norm_problems(built: Built) -> Iterator[Problem]:
+    """Batch norm of several processes: each would have statistics of its own, and a checkpoint those of one."""
+    asked, synced = Asked.of(built.trainer_args), built.trainer_args.get("sync_batchnorm")
+    norms = [module for module in built.model.modules() if isinstance(module, _BatchNorm)]
+    learns = any(weight.requires_grad for norm in norms for weight in norm.parameters())
+    if learns and (asked.num_processes or 1) > 1 and (not synced or asked.kind == "cpu"):
+        cure = "Set model.encoder.norm=group, or, on GPUs, trainer.sync_batchnorm=true"
+        yield Problem("model.encoder.norm=batch takes its statistics from one process of several", cure=cure)
 
 
 def precision_problems(built: Built) -> Iterator[Problem]:

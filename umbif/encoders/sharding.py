@@ -23,3 +23,5 @@ def shard(module: pl.LightningModule, networks: Sequence[nn.Module]) -> None:
         for block in getattr(network, BLOCKS, ()):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    left = [name for name, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    assert not left, f"of {left} no process would see the gradients of others"
