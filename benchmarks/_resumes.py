@@ -4,16 +4,17 @@ import shutil
 from itertools import product
 from pathlib import Path
 
-from _chaos import EVERY_STEP, SAME, STEPS, STRATEGY, Cases, Row, plan, same, show_end
+from _chaos import SAME, STEPS, STRATEGY, Cases, Row, plan, same, show_end
+from _faults import ACCUMULATING, SUMMING
 from _trained import Course, apart, losses, trained
 
 from umbif.recipe.files import list_recipes
 
 BATCH = "data.global_batch_size=12"  # for one to four processes
-POSITIONS = {  # a fault, and what more makes it fall there: of 6 exams for training, 4 a micro-step
-    "in the warm-up": ("killed@0:1", ()), "in the middle of a pass": ("killed@0:4", ()),
-    "at the end of a pass": ("killed@0:6", ()),
-    "inside an accumulation": ("killed@0:5 in an accumulation", ("trainer.accumulate_grad_batches=2",)),
+POSITIONS = {  # the last step that was saved, where it is killed then, and more; 4 of 6 exams are a micro-step
+    "in the warm-up": (3, SUMMING, ("model.warmup_steps=5",)), "in the middle of a pass": (4, SUMMING, ()),
+    "at the end of a pass": (6, SUMMING, ()),
+    "inside an accumulation": (5, ACCUMULATING, ("trainer.accumulate_grad_batches=2",)),
 }  # fmt: skip
 SIZES = ((1, 2, 1), (2, 4, 3))
 CLOSE = "within 1e-5"
@@ -43,14 +44,19 @@ def paired_cases(place: Path, corpus: Path) -> Cases:
 
 def resume_case(course: Course, num: int, workers: int, position: str, place: Path, corpus: Path) -> Row:
     """Weights and logged losses of a run that was killed, and of one that was not."""
-    fault, more = POSITIONS[position]
-    options = (*EVERY_STEP, *more, f"trainer.max_steps={STEPS}", f"data.num_workers={workers}", STRATEGY)
+    step, where, more = POSITIONS[position]
+    options = (
+        f"callbacks.checkpoint.every_n_steps={step}", "callbacks.checkpoint.asynchronous=false",
+        "trainer.log_every_n_steps=1", f"trainer.max_steps={STEPS}", f"data.num_workers={workers}", STRATEGY, *more,
+    )  # fmt: skip
     folder = place / "case"
     alone, killed = (folder / which for which in ("alone", "killed"))
     trained(course, corpus, alone, num, *options)
-    codes = trained(course, corpus, killed, num, *options, *plan(fault))
-    trained(course, corpus, killed, num, *options, *plan(fault))
-    found = same(killed, alone) if any(codes) else "never killed"
+    faults = plan(f"killed@0:{step} in {where}")
+    codes = trained(course, corpus, killed, num, *options, *faults)
+    reached = [path.name for path in (killed / "checkpoints").glob("step=*")]
+    trained(course, corpus, killed, num, *options, *faults)
+    found = same(killed, alone) if any(codes) and reached == [f"step={step:06d}"] else f"not killed there: {reached}"
     if found != SAME:
         show_end(killed)
     shutil.rmtree(folder)

@@ -365,7 +365,7 @@ class Saves:
         self.saved: list[int] = []
         self.fit_loop, self.strategy = MagicMock(), MagicMock()
         self.callbacks: list[Any] = []
-        self.num_devices = 1
+        self.num_devices = self.world_size = 1
 
     def save_checkpoint(self, path: Path) -> None:
         self.saved.append(self.global_step)

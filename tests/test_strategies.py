@@ -159,6 +159,15 @@ def test_a_checkpoint_says_what_it_is_of(runs: Path) -> None:
     assert {"corpus", "umbif", "libraries"} <= about.keys()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "told"), [("ddp", None), ("fsdp2", "weights and moments"), ("deepspeed_stage_2", "moments")]
+)
+def test_what_no_comparison_of_processes_can_find_is_told(runs: Path, strategy: str, told: str | None) -> None:
+    said = (runs / f"{strategy}_mae" if strategy in WIDELY else runs / "deepspeed_stage_2_options").joinpath("log.txt")
+    lines = [line.partition("not compared between processes")[2] for line in said.read_text().splitlines()]
+    assert [line for line in lines if line] == ([f", as each has a part of them: {told}"] if told else [])
+
+
 # ---------------------------------------------------------------- what does not go together
 
 

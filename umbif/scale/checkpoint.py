@@ -1,5 +1,6 @@
 """When training saves, and what it keeps."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from umbif.scale import checkpoint_folder as folders
 from umbif.scale.ranks import rank
 from umbif.scale.saver import Saver
 from umbif.scale.watchdog import patience_for
+
+log = logging.getLogger("umbif")
 
 
 class Checkpoints(Checkpoint):
@@ -47,6 +50,8 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run does not save again the step that it resumed from."""
         self.saved_step = trainer.global_step
+        if trainer.world_size > 1 and trainer.strategy.in_parts:
+            log.info("not compared between processes, as each has a part of them: %s", trainer.strategy.in_parts)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Saves at optimiser steps only: in the middle of an accumulation half of a gradient would be lost."""

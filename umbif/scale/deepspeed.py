@@ -104,6 +104,7 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
         self, stage: int, offload: bool = False, precision: str = "32-true", on_cpu: bool = False, **options: Any
     ) -> None:
         self.in_shards = stage == 3
+        self.in_parts = "weights and moments" if stage == 3 else "moments"
         if on_cpu:  # where it builds a part of itself by ninja, which lies beside Python
             os.environ["DS_ACCELERATOR"] = "cpu"
             os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -40,6 +40,7 @@ class Checkpointed:
     world_size: int
 
     in_shards = False  # whether a forward gathers weights
+    in_parts = ""  # what each process holds a part of, and no comparison of processes can find a flipped bit in
     restore_checkpoint_after_setup = True  # by then, tensors lie where they stay
     lightning_restore_optimizer = False
 
@@ -171,6 +172,7 @@ class FSDP2(Checkpointed, ModelParallelStrategy):
     """Rows of the weights; modules say by `configure_model` what is gathered together."""
 
     in_shards = True
+    in_parts = "weights and moments"
 
     def setup_environment(self) -> None:
         """Data-parallel over all processes: Lightning's `auto` means tensor-parallel within a node."""
