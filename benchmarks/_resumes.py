@@ -16,6 +16,10 @@ POSITIONS = {  # the last step that was saved, where it is killed then, and more
     "at the end of a pass": (6, SUMMING, ()),
     "inside an accumulation": (5, ACCUMULATING, ("trainer.accumulate_grad_batches=2",)),
 }  # fmt: skip
+KINDS = (  # others differ in their size
+    "pretrain/umbif_tiny", "pretrain/umbif_from_imagenet", "pretrain/ssl_imagenet", "pretrain/simclr_resunet",
+    "pretrain/mae", "pretrain/simclr", "pretrain/ssl_cerebral", "finetune/idh",
+)  # fmt: skip
 SIZES = ((1, 2, 1), (2, 4, 3))
 CLOSE = "within 1e-5"
 
@@ -36,10 +40,11 @@ def resume_cases(place: Path, corpus: Path) -> Cases:
 
 
 def paired_cases(place: Path, corpus: Path) -> Cases:
-    """Every recipe once, and every pair of processes, workers and positions at least once."""
-    circumstances = [*product((1, 2), (0, 2), POSITIONS)]
-    for i, course in enumerate(courses(place)):
-        yield resume_case(course, *circumstances[i % len(circumstances)], place, corpus)
+    """Every kind of recipe once, and every pair of processes, workers and positions once."""
+    known = {course.recipe: course for course in courses(place)}
+    for i, (name, (num, position)) in enumerate(zip(KINDS, product((1, 2), POSITIONS), strict=True)):
+        workers = 2 * ((i + num) % 2)
+        yield resume_case(known[name], num, workers, position, place, corpus)
 
 
 def resume_case(course: Course, num: int, workers: int, position: str, place: Path, corpus: Path) -> Row:
