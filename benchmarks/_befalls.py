@@ -50,11 +50,13 @@ def soak(place: Path, corpus: Path, num_faults: int, seed: int) -> Cases:
     faults = [_random_fault(rng, EACH * i) for i in range(num_faults)]
     limit_s = 60 * num_faults + 600
     code, said = commanded(HYBRID, corpus, place / "soaked", *options, *plan(*faults), limit_s=limit_s)
-    number = said.count("All processes start again")
-    found = f"exit code {code}" if code else same(place / "soaked", place / "alone", curves=False)
-    if found != SAME:
+    happened, number = len([*(place / "soaked" / ".faults").iterdir()]), said.count("All processes start again")
+    ended = f"exit code {code}" if code else same(place / "soaked", place / "alone", curves=False)
+    found = f"{ended}, {happened} happened, started again {number} times"
+    expected = f"{SAME}, {num_faults} happened, started again {num_faults} times"
+    if found != expected:
         print(said)
-    yield Row("soak", f"{num_faults} faults, seed {seed}; started again {number} times", SAME, found)
+    yield Row("soak", f"{num_faults} faults, seed {seed}", expected, found)
 
 
 def _random_fault(rng: random.Random, step: int) -> str:

@@ -1,6 +1,7 @@
 """Trainings that are killed once and go on: as they were, and with another number of processes."""
 
 import shutil
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def paired_cases(place: Path, corpus: Path) -> Cases:
     known = {course.recipe: course for course in courses(place)}
     for i, (name, (num, position)) in enumerate(zip(KINDS, product((1, 2), POSITIONS), strict=True)):
         workers = 2 * ((i + num) % 2)
-        yield resume_case(known[name], num, workers, position, place, corpus)
+        row = resume_case(known[name], num, workers, position, place, corpus)
+        yield replace(row, group=f"{row.group}, pairwise")
 
 
 def resume_case(course: Course, num: int, workers: int, position: str, place: Path, corpus: Path) -> Row:

@@ -100,10 +100,14 @@ def commanded(
 ) -> tuple[int, str]:
     """`umbif fit` as a user types it, `within` another command; its exit code, and what it said."""
     started = command(course.composed(corpus, run_dir, *more), within)
-    done = subprocess.run(
-        **started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
-    )
-    return done.returncode, done.stdout
+    joined: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(**started, **joined, start_new_session=True) as process:
+        try:
+            said, _ = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:  # what is looked for is this, too
+            os.killpg(process.pid, signal.SIGKILL)
+            said, _ = process.communicate()
+    return process.returncode, said
 
 
 def command(recipe: Recipe, within: Sequence[str] = ()) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from _report import commit, hardware
 from _resumes import paired_cases, resume_cases, size_cases
 from _trained import small_corpus
 
+from umbif.files import write_text
 from umbif.quiet import quiet
 
 CPU = torch.device("cpu")
@@ -105,22 +106,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parsed(arguments)
     quiet()
     torch.set_num_threads(1)  # or forked processes would wait for threads that they lack
-    rows = []
+    num = total = 0
     with tempfile.TemporaryDirectory(prefix="umbif_chaos_") as folder:
         corpus = small_corpus(Path(folder))
         for name in args.only:
             place = Path(folder) / f"{name}_cases"
             place.mkdir()
-            for row in islice(GROUPS[name](place, corpus), QUICK[name] if args.quick else None):
+            rows = []
+            for row in islice(GROUPS[name](place, corpus), QUICK.get(name) if args.quick else None):
                 print(told(row), flush=True)
                 rows.append(row)
-    num = sum(row.is_expected for row in rows)
-    print(f"{num} of {len(rows)} as expected")
-    if args.json:
-        keep(args.json, rows)
+            num, total = num + sum(row.is_expected for row in rows), total + len(rows)
+            if args.json:
+                keep(args.json, rows)
+    print(f"{num} of {total} as expected")
     if args.docs:
         write_page(args.docs, args.json)
-    return int(num < len(rows))
+    return int(num < total)
 
 
 def keep(path: Path, rows: Sequence[Row]) -> None:
@@ -128,9 +130,8 @@ def keep(path: Path, rows: Sequence[Row]) -> None:
     before = json.loads(path.read_text()) if path.exists() else []
     source = {"hardware": hardware(CPU), "commit": commit()}
     groups = {row.group for row in rows}
-    path.write_text(json.dumps([
-        *(one for one in before if one["group"] not in groups), *({**source, **asdict(row)} for row in rows),
-    ], indent=1) + "\n")  # fmt: skip
+    kept = [one for one in before if one["group"] not in groups]
+    write_text(path, json.dumps([*kept, *({**source, **asdict(row)} for row in rows)], indent=1) + "\n")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -145,6 +146,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.docs and not args.json:
         parser.error("--docs needs --json, of which it is made")
+    if args.quick and args.json:
+        parser.error("--quick has too few rows to keep them")
     args.only = [*(QUICK if args.quick else ALL)] if args.only is None else [name for name in args.only if name]
     if wrong := {*args.only} - {*GROUPS}:
         parser.error(f"--only {','.join(wrong)}: choose from {', '.join(GROUPS)}")

@@ -1,15 +1,21 @@
 """Curves: what a disk does not take costs no training, and comes later if it can."""
 
+import logging
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from umbif.errors import Transient
+from umbif.run import _log_file
+from umbif.scale.callbacks import say
 from umbif.scale.loggers import TensorBoard
 from umbif.scale.metrics import MetricsCSV
 
@@ -45,7 +51,7 @@ def test_rows_that_a_full_disk_does_not_take_come_later(tmp_path: Path, caplog: 
     assert [record.message for record in caplog.records] == [
         "metrics.csv cannot be written: File too large. Training goes on without it"
     ]
-    assert pd.read_csv(ours / "metrics.csv")["step"].max() < 9
+    assert not {6, 7, 8} & {*pd.read_csv(ours / "metrics.csv")["step"]}
     log(logger, range(9, 12))
     log(MetricsCSV(theirs), range(12))
     assert (ours / "metrics.csv").read_text() == (theirs / "metrics.csv").read_text()
@@ -61,14 +67,30 @@ def test_half_a_row_is_no_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # umbif.quiet
-def test_tensorboard_goes_on_once_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensorboard_goes_on_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     logger = TensorBoard(str(tmp_path), "tensorboard", "")
     log(logger, range(3))
     with full(next(tmp_path.rglob("*tfevents*")).stat().st_size):
-        log(logger, range(3, 6))
-    assert "TensorBoard cannot be written: File too large" in caplog.text
+        log(logger, range(3, 50))
+    assert caplog.messages == ["TensorBoard cannot be written: File too large. Training goes on without it"]
+    assert len([*tmp_path.rglob("*tfevents*")]) == 1  # none is made for each try
+    monkeypatch.setattr(logger, "next_try_s", 0)  # a minute has passed
     log(logger, range(6, 9))
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {0, 1, 2, 6, 7, 8} <= {event.step for event in events.Scalars("train/loss")}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_what_ends_a_run_is_told_though_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = SimpleNamespace(write=Mock(side_effect=OSError(28, "No space left on device")), flush=Mock())
+    with pytest.raises(Transient, match="the reason"), _log_file(Path("/dev/full")):
+        with monkeypatch.context() as full:
+            full.setattr("sys.stdout", stdout)
+            say("Training  step 1/2")
+        logging.getLogger("umbif").info("training starts")
+        raise Transient("the reason")
+    assert stdout.write.called

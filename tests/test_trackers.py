@@ -1,6 +1,5 @@
 """Weights & Biases and MLflow: curves and values of a recipe, and nothing that names a person or a place."""
 
-import getpass
 import os
 import shutil
 import socket
@@ -9,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -22,8 +22,9 @@ from umbif.recipe.compose import Recipe
 from umbif.scale import trackers
 from umbif.scale.loggers import Spared
 
-FIRST, STEPS = 3, 5
+FIRST, STEPS, USER = 3, 5, "alice_q7"
 TELLS = ("WANDB_NAME", "MLFLOW_TRACKING_URI", "WANDB_NOTES")  # of somebody's shell
+SECRETS = ("secret_1", "secret_2")
 UNTOLD = ("CI", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS")  # for which MLflow keeps silent anyway
 
 
@@ -36,9 +37,14 @@ def runs(corpus_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     trace, file = folder / "trace", folder / "recipe.yaml"
     file.write_text(tracked(corpus_folder, folder, FIRST).to_yaml())
     shell = {name: value for name, value in os.environ.items() if name not in UNTOLD}
-    shell |= {**dict.fromkeys(TELLS, "http://127.0.0.1:9/secret"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    shell |= dict.fromkeys(TELLS, "http://127.0.0.1:9/secret") | dict.fromkeys(("LOGNAME", "USER"), USER)
+    shell |= {"HOME": str(folder / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    for place, name in zip((folder / "home" / ".config", folder), SECRETS, strict=True):  # of the user, of a project
+        (place / "wandb").mkdir(parents=True)
+        (place / "wandb" / "settings").write_text(f"[default]\nentity = {name}\n")
     watch = ["strace", "-f", "--seccomp-bpf", "-e", "trace=connect", "-o", str(trace)] if shutil.which("strace") else []
-    subprocess.run([*watch, sys.executable, "-m", "umbif", "fit", str(file)], env=shell, check=True, timeout=200)
+    command = [*watch, sys.executable, "-m", "umbif", "fit", str(file)]
+    subprocess.run(command, env=shell, cwd=folder, check=True, timeout=200)
     fit(tracked(corpus_folder, folder, STEPS))
     yield folder / "run", trace.read_text() if watch else ""
     os.environ.clear()
@@ -77,15 +83,15 @@ def test_so_has_wandb(runs: tuple[Path, str]) -> None:
     parts = sorted(run.glob("wandb/offline-run-*/*.wandb"))
     assert len({part.name for part in parts}) == 1  # the same run, twice
     rows = [row for part in parts for row in history_of(part)]
-    assert [int(row["_step"]) for row in rows if "train/loss" in row] == [*range(STEPS)]
+    for step in ("_step", "trainer/global_step"):
+        assert [int(row[step]) for row in rows if "train/loss" in row] == [*range(STEPS)]
     losses = [float(row["train/loss"]) for row in rows if "train/loss" in row]
     assert losses == pytest.approx(expected(run), rel=1e-5)
 
 
 def test_nothing_names_user_machine_or_place(runs: tuple[Path, str]) -> None:
     run, _ = runs
-    names = [str(run.parent), socket.gethostname(), str(Path.home()), str(Path.cwd()), "secret", "recipe.yaml"]
-    names += [getpass.getuser()] if getpass.getuser() != "root" else []  # a word of many
+    names = [*SECRETS, "/secret", USER, str(run.parent), socket.gethostname(), str(Path.home()), str(Path.cwd())]
     files = [path for place in ("wandb", "mlflow") for path in (run / place).rglob("*") if path.is_file()]
     assert len(files) > 10
     for path in files:
@@ -99,6 +105,31 @@ def test_nothing_leaves_the_machine(runs: tuple[Path, str]) -> None:
         pytest.skip("strace is not installed: what is called is not seen")
     assert "AF_UNIX" in trace  # W&B's own process
     assert "AF_INET" not in trace
+
+
+def test_values_that_may_be_places_are_not_shown() -> None:
+    data = {"corpus": "of_mueller", "labels": "charite.csv", "crop_size": [96, 96, 96], "seed": 3}
+    model = {"encoder": {"weights": "mine", "depth": 12}, "file": "/a/b"}
+    found = trackers.shown({"recipe": {"model": model, "data": data, "run": {"dir": "runs"}}})
+    assert found == {"model.encoder.depth": 12, "data.crop_size": [96, 96, 96], "data.seed": 3}
+
+
+def test_a_run_leaves_the_variables_of_a_process_as_they_were(runs: tuple[Path, str]) -> None:
+    assert not [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]
+
+
+def test_a_server_that_is_away_costs_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = trackers.MLflow(tracking_uri="http://127.0.0.1:9")
+    strategy = SimpleNamespace(about={})
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path), strategy=strategy, loggers=[])
+    tracker.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    assert trainer.loggers == []
+    assert "MLflow cannot begin: " in caplog.text
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
 
 def test_one_that_fails_costs_no_training(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +136,5 @@ def _log_file(path: Path) -> Iterator[None]:
     finally:
         for handler in (file, shown):
             logger.removeHandler(handler)
-        file.close()
+        with suppress(OSError):  # of a full disk: what ends the run is to be told, and not this
+            file.close()

@@ -20,7 +20,6 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.image import imread
 from torch.distributed.fsdp import FSDPModule
 
@@ -131,10 +130,9 @@ class Monitors(Callback):
         except OSError as error:
             log.warning("No reconstruction was drawn: %s", one_line(error))
             return
-        for logger in (found for found in trainer.loggers if isinstance(found, TensorBoardLogger)):
-            for path in paths:
-                name = path.stem.replace("_", "/", 1)
-                logger.experiment.add_image(name, imread(path)[..., :3], trainer.global_step, dataformats="HWC")
+        pictures = {path.stem.replace("_", "/", 1): imread(path)[..., :3] for path in paths}
+        for logger in (found for found in trainer.loggers if hasattr(found, "add_pictures")):
+            logger.add_pictures(pictures, trainer.global_step)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -51,7 +52,7 @@ class TrainingProgress(Callback):
             done = max(1, trainer.global_step - self.start_step)
             left = (now - self.start_s) / done * (trainer.max_steps - trainer.global_step)
             step = f"step {trainer.global_step}/{trainer.max_steps}"
-            print(f"Training  {step}  {self._said(trainer)}  about {duration(left)} left", flush=True)
+            say(f"Training  {step}  {self._said(trainer)}  about {duration(left)} left")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ends with the time it took."""
@@ -59,7 +60,7 @@ class TrainingProgress(Callback):
             self.bar.stop()
         if trainer.is_global_zero and self.bar is None and self.start_s:
             took, step = duration(time.monotonic() - self.start_s), f"step {trainer.global_step}/{trainer.max_steps}"
-            print(f"Training  {step}  {self._said(trainer)}  {took}", flush=True)
+            say(f"Training  {step}  {self._said(trainer)}  {took}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the terminal clean."""
@@ -69,3 +70,9 @@ class TrainingProgress(Callback):
     def _said(self, trainer: pl.Trainer) -> str:
         loss = trainer.callback_metrics.get("train/loss")
         return "" if loss is None else f"loss {float(loss):.3f}"
+
+
+def say(line: str) -> None:
+    """To whoever listens: a file on a disk that is full does not."""
+    with suppress(OSError):
+        print(line, flush=True)

@@ -66,7 +66,7 @@ def _option_problems(strategy: DDP, trainer: Mapping[str, Any]) -> Iterator[Prob
 
 def _cure(word: Any) -> str:
     if not isinstance(word, str):
-        return f"Take a word ({', '.join(WORDS)}), or {DDP.__module__}.{DDP.__name__} with options of Lightning's own"
+        return f"Take a word ({', '.join(WORDS)}), or {DDP.__module__}.{DDP.__name__} with options"
     return "FSDP2 is offered, which is called fsdp2" if word.startswith("fsdp") else nearest(word, WORDS)
 
 

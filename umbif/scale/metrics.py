@@ -20,7 +20,7 @@ class MetricsCSV(Spared, Logger):
         folder: Of the run.
     """
 
-    called = "metrics.csv"
+    called, pause_s = "metrics.csv", 0.0
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -53,6 +53,12 @@ class MetricsCSV(Spared, Logger):
         self.last = {**self.last, **values} if joins else {"step": str(step), **values}
         self.spare(self._append_row, joins)
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes the rows that still wait, if that can be done now."""
+        if self.waiting:
+            self.spare(self._write_waiting)
+
     def go_on_from(self, step: int) -> None:
         """Drops rows of work that was lost: those from a step on."""
         if not is_leader() or not self.path.exists():
@@ -70,9 +76,13 @@ class MetricsCSV(Spared, Logger):
         if simple and self.path.exists():
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(self.last)
+            self.waiting = []
         else:
-            steps = {row["step"] for row in self.waiting}
-            self._rewrite([*(row for row in self._existing() if row["step"] not in steps), *self.waiting])
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        steps = {row["step"] for row in self.waiting}
+        self._rewrite([*(row for row in self._existing() if row["step"] not in steps), *self.waiting])
         self.waiting = []
 
     def _existing(self) -> list[dict[str, str]]:
@@ -80,7 +90,8 @@ class MetricsCSV(Spared, Logger):
             return []
         cure = "Copy it again, or delete it: the run goes on and begins another"
         with reading(self.path, cure), self.path.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if row["step"].isdigit() and None not in {*row, *row.values()}]
+            lines = (line for line in file if line.endswith("\n"))  # the last one may have been cut off
+            return [row for row in csv.DictReader(lines) if row["step"].isdigit() and None not in row]
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         with whole(self.path) as aside, aside.open("w", newline="") as file:

@@ -5,6 +5,7 @@ DDP keeps them whole everywhere; FSDP2 keeps rows of them (Zhao et al. 2023, arX
 
 import logging
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from umbif.errors import Transient, UmbifError
-from umbif.ranges import PositiveInt
+from umbif.ranges import PositiveFloat, PositiveInt
 from umbif.scale import shares
 from umbif.scale.checkpoint_folder import SHARES, STATE, checkpoints, is_complete, problem_of, set_aside
 from umbif.scale.ranks import num_ranks, rank, told
@@ -146,13 +147,14 @@ class Single(Checkpointed, SingleDeviceStrategy):
 
 
 class DDP(Checkpointed, DDPStrategy):
-    """Whole weights everywhere. Options are those of torch's DistributedDataParallel.
+    """Whole weights everywhere. Options are some of torch's DistributedDataParallel.
 
     Args:
         find_unused_parameters: Look at every step for weights without a gradient; slower.
         static_graph: Every step uses the same weights in the same order.
         gradient_as_bucket_view: Gradients lie where they are summed: less memory.
-        bucket_cap_mb: Of gradients that are summed together.
+        bucket_cap_mb: Of gradients that are summed together; null for torch's own.
+        timeout_s: After which a process that waits for others gives up.
     """
 
     def __init__(
@@ -160,11 +162,12 @@ class DDP(Checkpointed, DDPStrategy):
         find_unused_parameters: bool = False,
         static_graph: bool = False,
         gradient_as_bucket_view: bool = False,
-        bucket_cap_mb: PositiveInt = 25,
+        bucket_cap_mb: PositiveInt | None = None,
+        timeout_s: PositiveFloat = 1800.0,
     ) -> None:
         super().__init__(
-            find_unused_parameters=find_unused_parameters, static_graph=static_graph,
-            gradient_as_bucket_view=gradient_as_bucket_view, bucket_cap_mb=bucket_cap_mb,
+            find_unused_parameters=find_unused_parameters, static_graph=static_graph, bucket_cap_mb=bucket_cap_mb,
+            gradient_as_bucket_view=gradient_as_bucket_view, timeout=timedelta(seconds=timeout_s),
         )  # fmt: skip
 
 
