@@ -27,14 +27,28 @@ class Timed(NamedTuple):
     """A loop that has ended.
 
     Args:
-        step_s: Of a step, from its batch to the next one; the first step is left out.
-        wall_s: The same, of the clock and not of this process.
+        step_s: Of this process for a step, from its batch to the next one; the first step is left out.
+        wall_s: The same of the clock, with what is waited for, such as a disk.
         last_loss: Of the last step.
     """
 
     step_s: float
     wall_s: float
     last_loss: float
+
+
+class Saved(NamedTuple):
+    """A loop that has saved.
+
+    Args:
+        timed: With what its saves cost.
+        stall_s: That training has waited, for each of them.
+        num_bytes: Of one.
+    """
+
+    timed: Timed
+    stall_s: float
+    num_bytes: int
 
 
 class Clock(pl.Callback):
@@ -121,16 +135,17 @@ LOOPS: dict[str, Callable[[Recipe, Path], Timed]] = {
 }  # fmt: skip
 
 
-def stalls(recipe: Recipe, folder: Path, asynchronous: bool) -> tuple[float, int]:
-    """Seconds that training waits for one save, and the bytes of it."""
-    built = _built(recipe)
-    checkpoint = built.callbacks["checkpoint"]
-    checkpoint.saver.asynchronous = asynchronous  # type: ignore[attr-defined]
-    trainer = make_trainer(built.trainer_args, [*built.callbacks.values()], folder, {})
+def saving(recipe: Recipe, folder: Path, asynchronous: bool) -> Saved:
+    """What `umbif fit` does, with checkpoints that are written beside training or at once."""
+    built, clock = _built(recipe), Clock()
+    checkpoint: Any = built.callbacks["checkpoint"]
+    checkpoint.saver.asynchronous = asynchronous
+    trainer = make_trainer(built.trainer_args, [*built.callbacks.values(), clock], folder, {})
     trainer.fit(built.model, built.data)
     newest = max((folder / "checkpoints").glob("step=*"))
-    num_saves = trainer.global_step // checkpoint.every_n_steps  # type: ignore[attr-defined]
-    return trainer.strategy.saver.stall_s / num_saves, sum(path.stat().st_size for path in newest.iterdir())
+    num_saves = max(1, trainer.global_step // checkpoint.every_n_steps)
+    num_bytes = sum(path.stat().st_size for path in newest.iterdir())
+    return Saved(clock.timed(), checkpoint.stall_s / num_saves, num_bytes)
 
 
 def _batches(built: Built, recipe: Recipe) -> DataLoader[Any]:

@@ -87,10 +87,14 @@ def test_tensorboard_goes_on_once_there_is_room(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_what_ends_a_run_is_told_though_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout = SimpleNamespace(write=Mock(side_effect=OSError(28, "No space left on device")), flush=Mock())
-    with pytest.raises(Transient, match="the reason"), _log_file(Path("/dev/full")):
+
+    def train() -> None:
         with monkeypatch.context() as full:
             full.setattr("sys.stdout", stdout)
             say("Training  step 1/2")
         logging.getLogger("umbif").info("training starts")
         raise Transient("the reason")
+
+    with pytest.raises(Transient, match="the reason"), _log_file(Path("/dev/full")):
+        train()
     assert stdout.write.called

@@ -1,6 +1,7 @@
 """When training saves, and what it keeps."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Checkpoints(Checkpoint):
         self.saver = Saver(asynchronous, stop_on_failure)
         self.folder: Path | None = None
         self.saved_step = -1
+        self.stall_s = 0.0  # that training has waited
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finds the run's folder."""
@@ -55,10 +57,11 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Saves at optimiser steps only: in the middle of an accumulation half of a gradient would be lost."""
+        start, step = time.perf_counter(), trainer.global_step
         self.saver.poll()
-        step = trainer.global_step
         if step and step % self.every_n_steps == 0 and step != self.saved_step:
             self.save(trainer)
+        self.stall_s += time.perf_counter() - start
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the last step."""

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from umbif.scale.strategies import Checkpointed
+from umbif.scale.checkpoint import Checkpoints
 
 STARTS = "starts.jsonl"  # of a run folder: when it was begun or gone on with, and from which step
 
@@ -27,7 +27,7 @@ class Goodput(Callback):
         self.before_s = 0.0  # useful, of earlier starts
         self.made_s = time.time()
         self.began_s = self.since_s = 0.0
-        self.strategy: Checkpointed | None = None
+        self.savers: list[Checkpoints] = []
 
     def state_dict(self) -> dict[str, Any]:
         """Of a checkpoint."""
@@ -44,8 +44,8 @@ class Goodput(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes the start in the run folder."""
-        assert isinstance(trainer.strategy, Checkpointed)
-        self.strategy, self.since_s = trainer.strategy, time.time()
+        self.savers = [one for one in trainer.callbacks if isinstance(one, Checkpoints)]
+        self.since_s = time.time()
         path = Path(trainer.default_root_dir) / STARTS
         if trainer.is_global_zero:
             with path.open("a") as file:
@@ -62,7 +62,7 @@ class Goodput(Callback):
 
     @property
     def _stall_s(self) -> float:
-        return self.strategy.saver.stall_s if self.strategy is not None else 0.0
+        return sum(one.stall_s for one in self.savers)
 
 
 def first_start(path: Path) -> float:

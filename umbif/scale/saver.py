@@ -3,7 +3,6 @@
 import logging
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from io import BytesIO
@@ -50,7 +49,6 @@ class Saver:
         self.asynchronous, self.stop_on_failure = asynchronous, stop_on_failure
         self.num_siblings = 1  # processes that share this machine's memory
         self.writing: _Writing | None = None
-        self.stall_s = 0.0
 
     def save(self, path: Path, state: Mapping[str, Any], shares: Iterable[Share], about: Mapping[str, Any]) -> None:
         """Begins a checkpoint, once the one before has ended.
@@ -58,7 +56,6 @@ class Saver:
         Raises:
             UmbifError: One could not be written, and that is to end the run; or `state` is none that can be read again.
         """
-        start = time.perf_counter()
         self.finish()
         content = in_bytes(state)
         mine = [share for share in shares if share.num]
@@ -68,7 +65,6 @@ class Saver:
             self.writing.start(beside)
             if not beside:
                 self.finish()
-        self.stall_s += time.perf_counter() - start
 
     def poll(self) -> None:
         """Completes the checkpoint on its way once all processes have written their part."""
