@@ -17,7 +17,8 @@ OPTIONS = (
 TOLD = f"{SAME}, told"
 OWN = ("unshare", "--map-root-user", "--mount")  # file systems of its own, for whoever may make them
 SMALL = {"full": ("full@0:4", "room@0:8"), "for reading only": ("read-only@0:4", "writable@0:8")}
-ON_SMALL_DISK = """mount -t tmpfs -o size=96m none "$0" && "$@"; code=$?; cp -r "$0/." "$0.kept"; exit $code"""
+ON_SMALL_DISK = """mount -t tmpfs -o size=96m none "$0" && "$@" {}; code=$?; cp -r "$0/." "$0.kept"; exit $code"""
+PRINTED_THERE = '> "$0/said.txt" 2>&1'
 
 
 def checkpoint_cases(place: Path, corpus: Path) -> Cases:
@@ -54,9 +55,15 @@ def disk_cases(place: Path, corpus: Path) -> Cases:
     for case, faults in SMALL.items():
         run = place / case
         run.mkdir()
-        within = (*OWN, "sh", "-c", ON_SMALL_DISK, str(run))
+        within = (*OWN, "sh", "-c", ON_SMALL_DISK.format(""), str(run))
         code, said = commanded(HYBRID, corpus, run, *OPTIONS, TWO, *plan(*faults), within=within)
         yield disk_row(f"the disk is {case}", code, said, run.with_name(f"{case}.kept"))
+    run = place / "printed"
+    run.mkdir()
+    within = (*OWN, "sh", "-c", ON_SMALL_DISK.format(PRINTED_THERE), str(run))
+    code, _ = commanded(HYBRID, corpus, run, *OPTIONS, TWO, *plan(*SMALL["full"]), within=within)
+    found = f"exit code {code}" if code else same(run.with_name("printed.kept"), place / "alone")
+    yield Row("disks that take nothing", "the disk is full, and what is printed goes there", SAME, found)
 
 
 def disk_row(case: str, code: int, said: str, run: Path) -> Row:

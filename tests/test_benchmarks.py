@@ -39,6 +39,27 @@ def quick(benchmark, tmp_path_factory):
     return json.loads(file.read_text())
 
 
+# ---------------------------------------------------------------- what UMBIF costs beside the work
+
+
+def test_three_loops_do_the_same_work(benchmark, tmp_path, capsys):
+    file = tmp_path / "scale.json"
+    assert benchmark("scale").main(["--quick", "--only", "loops", "--json", str(file)]) == 0  # it compares their losses
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["contestant"] for row in rows] == 2 * ["umbif fit", "bare Lightning", "bare PyTorch"]
+    assert [row["ratio"] for row in rows if row["contestant"] == "umbif fit"] == [1, 1]
+    assert "Monitors" in capsys.readouterr().out
+
+
+def test_bounds_that_are_not_kept_are_told(benchmark):
+    scale, row = benchmark("scale"), benchmark("_report").Row
+    kept = [row("a step, by the clock", "bare Lightning", 1.0, "s", 1.019), row("a step", "umbif fit", 1.0, "s", 1.0)]
+    kept += [row(scale.SHARE, "beside training", 0.9, "%", None), row(scale.SHARE, "at once", 2.0, "%", None)]
+    assert [*scale.missed(kept)] == []
+    lost = [row("a step, by the clock", "bare PyTorch", 1.0, "s", 1.06)]
+    assert len([*scale.missed([*lost, row(scale.SHARE, "beside training", 1.2, "%", None)])]) == 2
+
+
 # ---------------------------------------------------------------- a whole run
 
 
