@@ -32,8 +32,8 @@ WANDB_PRIVATE: dict[str, Any] = {
     "host": "-", "program": "-", "console": "off", "silent": True, "symlink": False, "save_code": False,
     "disable_code": True, "disable_git": True, "disable_job_creation": True, "x_disable_meta": True,
     "x_disable_stats": True, "x_disable_machine_info": True, "x_save_requirements": False,
-    "x_transaction_log_flush_interval": 1.0,  # seconds, which a process that is killed may lose
 }  # fmt: skip
+WANDB_FLUSH = "x_transaction_log_flush_interval"  # seconds, which a process that is killed may lose; of newer versions
 MLFLOW_PRIVATE = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
 MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # training waits for it
 
@@ -128,7 +128,9 @@ class WandB(Tracker):
 
         with chdir(home) if self.offline else nullcontext():  # of the current folder it reads wandb/settings
             wandb.setup()
-        about = {"project": self.project, "offline": self.offline, "settings": wandb.Settings(**WANDB_PRIVATE)}
+        flush: dict[str, Any] = {WANDB_FLUSH: 1.0} if WANDB_FLUSH in wandb.Settings.model_fields else {}
+        settings = wandb.Settings(**WANDB_PRIVATE, **flush)  # one that is not known is refused, and not left out
+        about = {"project": self.project, "offline": self.offline, "settings": settings}
         logger = WandBLogger(name=folder.name, save_dir=folder, id=_run_id(self.own), **about)
         logger._wandb_init.pop("anonymous", None)  # of which newer versions warn
         logger.experiment.config.update(dict(values), allow_val_change=True)
