@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from _befalls import fault_cases, soak
 from _chaos import Cases, Row
+from _chaos_page import write_page
 from _disks import checkpoint_cases, corpus_cases, disk_cases
 from _kills import KINDS as SAVES
 from _kills import POINTS, kills
@@ -56,49 +57,12 @@ GROUPS: dict[str, Callable[[Path, Path], Cases]] = {
 }  # fmt: skip
 ALL = [name for name in GROUPS if name != "paired"]  # which `resume` holds
 QUICK = {"kills": 2, "checkpoints": 3, "disks": 1, "corpus": 1, "sizes": 1, "faults": 3, "paired": 4}
-MOST_LINES = 30  # of a table of the page
-FIELDS = ("group", "case", "expected", "found")
 
 
 def told(row: Row) -> str:
     """One line."""
     mark = "ok " if row.is_expected else "BAD"
     return f"{mark}  {row.group}: {row.case}: {row.found}" + ("" if row.is_expected else f" instead of {row.expected}")
-
-
-def write_page(path: Path, source: Path) -> None:
-    """The rows of a file as a page."""
-    found = json.loads(source.read_text())
-    good = sum(one["expected"] == one["found"] for one in found)
-    lines = ["# What was done to trainings, and what became of them", ""]
-    lines += ["Written by `python benchmarks/chaos.py --docs`, of `benchmarks/results/chaos.json`: trainings of a tiny"]
-    lines += ["encoder on tiny exams, disturbed on purpose, and held against those that were left alone.", ""]
-    lines += [f"**{good} of {len(found)} cases as expected.** In bold what was not.", ""]
-    for group in dict.fromkeys(one["group"] for one in found):
-        mine = [one for one in found if one["group"] == group]
-        where = "; ".join(dict.fromkeys(f"commit {one['commit']}, {one['hardware']}" for one in mine))
-        rows = [Row(**{name: one[name] for name in FIELDS}) for one in mine]
-        lines += [f"## {group.capitalize()}", "", f"{where}.", "", "| case | found |", "|---|---|", *lines_of(rows), ""]
-    path.write_text("\n".join(lines))
-
-
-def lines_of(rows: Sequence[Row]) -> list[str]:
-    """Of a table; of many cases those that begin alike in one line, and those that went wrong by themselves."""
-    if len(rows) <= MOST_LINES:
-        return [line_of(row) for row in rows]
-    kinds = dict.fromkeys(row.case.split(",")[0] for row in rows)
-    alike = {kind: [row for row in rows if row.case.split(",")[0] == kind] for kind in kinds}
-    lines = []
-    for kind, several in alike.items():
-        good = [row for row in several if row.is_expected]
-        lines += [f"| {kind}: {len(several)} cases | {len(good)}: {good[0].found} |"] if good else []
-        lines += [line_of(row) for row in several if not row.is_expected]
-    return lines
-
-
-def line_of(row: Row) -> str:
-    """Of a table."""
-    return f"| {row.case} | {row.found if row.is_expected else f'**{row.found}**'} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
