@@ -16,20 +16,23 @@ disturbed on purpose, and held against those that were left alone.
 **{} of {} cases as expected.** In bold what was not.
 """
 MEANING = {  # of a group
-    "kills in a save": """SIGKILL at twenty points of a save, by the bytes that it has written. The new checkpoint or the
-one before must be there, bit for bit.""",
-    "damaged checkpoints": """What befalls the newest of three between two starts. The run must end as one that nothing
-befell.""",
+    "kills in a save":
+        "SIGKILL at twenty points of a save, by the bytes that it has written. The new checkpoint or the one "
+        "before must be there, bit for bit.",
+    "damaged checkpoints": "What befalls the newest of three between two starts. The run must end as one that nothing befell.",
     "disks that take nothing": "From step 4 to step 8. It must be told, and the run must end as one with room.",
     "a damaged corpus": "A flipped bit in what is learnt from. The file must be named, and nothing learnt from it.",
     "other numbers of processes": "Each for a third of the steps. All losses must be those of one process.",
-    "faults of two processes": """Each kind, in each process, where the others are in a step, wait in an all-reduce, or wait
-in a save. Who is slow must be named; of all else the run must start again by itself, and end as one that nothing
-befell.""",
-    "killed and resumed": """Every recipe that trains, with one process and two, without and with workers, killed once
-and started again from a checkpoint of that place. Weights and all logged losses must be those of a run that was not.""",
+    "faults of two processes":
+        "Each kind, in each process, where the others are in a step, wait in an all-reduce, or wait in a save. "
+        "Who is slow must be named; of all else the run must start again by itself, and end as one that nothing "
+        "befell.",
+    "killed and resumed":
+        "Every recipe that trains, with one process and two, without and with workers, killed once and started "
+        "again from a checkpoint of that place. Weights and all logged losses must be those of a run that was "
+        "not.",
     "soak": "Faults of all kinds, at random places of one run, which must start again by itself each time.",
-}
+}  # fmt: skip
 
 
 def write_page(path: Path, source: Path) -> None:
