@@ -19,7 +19,7 @@ MEANING = {  # of a group
     "kills in a save":
         "SIGKILL at twenty points of a save, by the bytes that it has written. The new checkpoint or the one "
         "before must be there, bit for bit.",
-    "damaged checkpoints": "What befalls the newest of three between two starts. The run must end as one that nothing befell.",
+    "damaged checkpoints": "What befalls the newest between two starts. The run must end as one that nothing befell.",
     "disks that take nothing": "From step 4 to step 8. It must be told, and the run must end as one with room.",
     "a damaged corpus": "A flipped bit in what is learnt from. The file must be named, and nothing learnt from it.",
     "other numbers of processes": "Each for a third of the steps. All losses must be those of one process.",
