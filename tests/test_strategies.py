@@ -219,7 +219,7 @@ OPTIONS = "trainer.strategy.class_path=umbif.scale.strategies.DDP"
     [
         (["trainer.accumulate_grad_batches=0", "trainer.num_nodes=0"], "num_nodes: expected at least 1: got 0"),
         (["trainer.accumulate_grad_batches=-2"], "accumulate_grad_batches: expected at least 1: got -2"),
-        ([OPTIONS, "trainer.strategy.bucket_cap_mb=many"], "bucket_cap_mb: expected int: got 'many'"),
+        ([OPTIONS, "trainer.strategy.bucket_cap_mb=many"], "bucket_cap_mb: expected int or null: got 'many'"),
         ([OPTIONS, "trainer.strategy.find_unused=true"], "Did you mean find_unused_parameters?"),
         (["trainer.strategy.class_path=umbif.scale.strategies.DPP"], "Did you mean DDP?"),
         (["trainer.strategy=[ddp]"], "trainer.strategy: expected class_path and its arguments"),
