@@ -29,11 +29,13 @@ class Timed(NamedTuple):
     Args:
         step_s: Of this process for a step, from its batch to the next one; the first step is left out.
         wall_s: The same of the clock, with what is waited for, such as a disk.
+        num_steps: That these are means of.
         last_loss: Of the last step.
     """
 
     step_s: float
     wall_s: float
+    num_steps: int
     last_loss: float
 
 
@@ -73,7 +75,7 @@ class Clock(pl.Callback):
     def timed(self) -> Timed:
         """Means over steps."""
         (cpu_s, wall_s), (cpu_end_s, wall_end_s), num = self.times[1], self.times[-1], len(self.times) - 2
-        return Timed((cpu_end_s - cpu_s) / num, (wall_end_s - wall_s) / num, float(self.loss))
+        return Timed((cpu_end_s - cpu_s) / num, (wall_end_s - wall_s) / num, num, float(self.loss))
 
 
 class Bare(pl.LightningModule):

@@ -21,21 +21,6 @@ TESTS = HERE.parent / "tests"
 sys.path.insert(0, str(TESTS))  # recipes at the size of tests
 
 
-def small_corpus(place: Path, shape: tuple[int, int, int] = (20, 24, 22), spacing_mm: float = 2.0) -> Path:
-    """Eight exams as the tests make them, as large as one likes."""
-    from exams import write_exams
-
-    from umbif.corpus.index import build_manifest
-    from umbif.corpus.prepare import merge, prepare_corpus
-    from umbif.corpus.preprocess import Preparation
-
-    write_exams(place / "TINY", shape, spacing_mm)
-    manifest = build_manifest([place / "TINY"], test_fraction=0.25, seed=8, num_workers=0)
-    prepare_corpus(manifest, place / "corpus", Preparation(spacing_mm=spacing_mm, min_brain_ml=5.0), num_workers=0)
-    merge(manifest, place / "corpus")
-    return place / "corpus"
-
-
 class Course(NamedTuple):
     """A small training.
 

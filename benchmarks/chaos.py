@@ -29,7 +29,6 @@ from _kills import KINDS as SAVES
 from _kills import POINTS, kills
 from _report import commit, hardware
 from _resumes import paired_cases, resume_cases, size_cases
-from _trained import small_corpus
 
 from umbif.files import write_text
 from umbif.quiet import quiet
@@ -68,11 +67,13 @@ def told(row: Row) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0 where all is as expected."""
     args = parsed(arguments)
+    from exams import write_corpus
+
     quiet()
     torch.set_num_threads(1)  # or forked processes would wait for threads that they lack
     num = total = 0
     with tempfile.TemporaryDirectory(prefix="umbif_chaos_") as folder:
-        corpus = small_corpus(Path(folder))
+        corpus = write_corpus(Path(folder))
         for name in args.only:
             place = Path(folder) / f"{name}_cases"
             place.mkdir()

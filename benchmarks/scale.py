@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from _loops import LOOPS, Saved, saving
 from _report import Row, print_table, write_json
-from _trained import command, small_corpus
+from _trained import command
 
 from umbif.quiet import quiet
 from umbif.recipe.compose import Recipe, compose
@@ -27,7 +27,7 @@ from umbif.recipe.compose import Recipe, compose
 CPU = torch.device("cpu")
 SHAPE, CROP = (150, 180, 150), 96
 QUICK_SHAPE, QUICK_CROP = (40, 48, 44), 32
-LOG_EVERY, SAVE_EVERY, DEFAULT_INTERVAL = 50, 5, 500
+LOG_EVERY, SAVE_EVERY, SAVES, DEFAULT_INTERVAL = 50, 5, 3, 500
 MOST = {"bare Lightning": 1.02, "bare PyTorch": 1.05}  # our step over theirs
 MOST_STALL = 0.01  # of the time
 SHARE = f"share of the time, with one in {DEFAULT_INTERVAL} such steps"
@@ -44,8 +44,10 @@ class Sizes:
     """
 
     def __init__(self, quick: bool, place: Path) -> None:
+        from exams import write_corpus
+
         self.quick, self.place, self.num_runs = quick, place, 0
-        self.corpus = small_corpus(place, QUICK_SHAPE if quick else SHAPE, 1.0)
+        self.corpus = write_corpus(place, QUICK_SHAPE if quick else SHAPE, 1.0)
         self.num_steps, self.rounds, self.exams = (6, 1, 2) if quick else (LOG_EVERY + 2, 5, 2)
 
     def recipe(self, num_steps: int, *more: str) -> Recipe:
@@ -84,7 +86,7 @@ def loops(sizes: Sizes) -> Rows:
 def stall(sizes: Sizes) -> Rows:
     """What training waits for a checkpoint, written beside it and not, and how much longer it takes by the clock."""
     every = f"callbacks.checkpoint.every_n_steps={SAVE_EVERY}"
-    few, many = sizes.recipe(3 * SAVE_EVERY + 1), sizes.recipe(3 * SAVE_EVERY + 1, every)
+    few, many = sizes.recipe(SAVES * SAVE_EVERY + 1), sizes.recipe(SAVES * SAVE_EVERY + 1, every)
     found: dict[str, list[Saved]] = {"none": [], "beside training": [], "at once": []}
     for number in range(sizes.rounds + 1):
         for name, saved in found.items():
@@ -93,7 +95,7 @@ def stall(sizes: Sizes) -> Rows:
     usual_s = median(one.timed.wall_s for one in found.pop("none"))
     for name, saved in found.items():
         stall_s = median(one.stall_s for one in saved)
-        longer_s = SAVE_EVERY * (median(one.timed.wall_s for one in saved) - usual_s)
+        longer_s = (median(one.timed.wall_s for one in saved) - usual_s) * saved[0].timed.num_steps / SAVES
         share = stall_s / (stall_s + DEFAULT_INTERVAL * usual_s)
         yield Row("a checkpoint", name, saved[0].num_bytes / 2**20, "MiB", None)
         yield Row("training waits for one", name, stall_s, "s", stall_s / usual_s)

@@ -1,9 +1,14 @@
 """Eight tiny exams as files, for every test that needs a corpus."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from umbif.corpus.preprocess import Preparation
 
 SHAPE, SPACING_MM = (20, 24, 22), 2.0
 EXAMS = {  # two persons come twice; every number of sequences from one to four
@@ -26,6 +31,35 @@ def write_exams(folder: Path, shape: tuple[int, int, int] = SHAPE, spacing_mm: f
         if exam in WITH_TUMOUR:
             tumour = brain & (tissue > np.percentile(tissue[brain], 90))
             _write(folder / f"{exam}_seg.nii.gz", tumour.astype(np.uint8), spacing_mm)
+
+
+def index_exams(folder: Path) -> pd.DataFrame:
+    """Their manifest: P3 and P4 are the test split."""
+    from umbif.corpus.index import build_manifest
+
+    return build_manifest([folder], test_fraction=0.25, seed=8, num_workers=0)
+
+
+def preparation_of(spacing_mm: float = SPACING_MM) -> "Preparation":
+    """How they are prepared."""
+    from umbif.corpus.preprocess import Preparation
+
+    return Preparation(spacing_mm=spacing_mm, min_brain_ml=5.0)
+
+
+def prepare_exams(manifest: pd.DataFrame, folder: Path, preparation: "Preparation") -> Path:
+    """Their corpus."""
+    from umbif.corpus.prepare import merge, prepare_corpus
+
+    prepare_corpus(manifest, folder, preparation, num_workers=0)
+    merge(manifest, folder)
+    return folder
+
+
+def write_corpus(place: Path, shape: tuple[int, int, int] = SHAPE, spacing_mm: float = SPACING_MM) -> Path:
+    """All of it."""
+    write_exams(place / "TINY", shape, spacing_mm)
+    return prepare_exams(index_exams(place / "TINY"), place / "corpus", preparation_of(spacing_mm))
 
 
 def _head(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:

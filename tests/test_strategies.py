@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,13 @@ def test_batch_norm_that_would_differ_between_processes_is_refused(
     assert len(problems) == num_problems
     built.model.requires_grad_(False)
     assert not [*norm_problems(built)]  # type: ignore[arg-type]
+
+
+def test_options_of_ddp_reach_it() -> None:
+    found = DDP(gradient_as_bucket_view=True, timeout_s=90)
+    assert found._ddp_kwargs["gradient_as_bucket_view"]
+    assert found._ddp_kwargs["bucket_cap_mb"] is None  # torch's own, with a smaller first one
+    assert found._timeout == timedelta(seconds=90)
 
 
 OPTIONS = "trainer.strategy.class_path=umbif.scale.strategies.DDP"

@@ -103,7 +103,6 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
     def __init__(
         self, stage: int, offload: bool = False, precision: str = "32-true", on_cpu: bool = False, **options: Any
     ) -> None:
-        self.in_shards = stage == 3
         self.in_parts = "weights and moments" if stage == 3 else "moments"
         if on_cpu:  # where it builds a part of itself by ninja, which lies beside Python
             os.environ["DS_ACCELERATOR"] = "cpu"

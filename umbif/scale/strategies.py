@@ -40,7 +40,6 @@ class Checkpointed:
     global_rank: int
     world_size: int
 
-    in_shards = False  # whether a forward gathers weights
     in_parts = ""  # what each process holds a part of, and no comparison of processes can find a flipped bit in
     restore_checkpoint_after_setup = True  # by then, tensors lie where they stay
     lightning_restore_optimizer = False
@@ -50,6 +49,11 @@ class Checkpointed:
         self.saver = Saver(asynchronous=False)
         self.about: Mapping[str, Any] = {}
         self.resumes = False  # whether this process sees a checkpoint to go on from
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether a forward gathers weights."""
+        return "weights" in self.in_parts
 
     def setup_environment(self) -> None:
         """Lightning's, and the first word with the others."""
@@ -174,7 +178,6 @@ class DDP(Checkpointed, DDPStrategy):
 class FSDP2(Checkpointed, ModelParallelStrategy):
     """Rows of the weights; modules say by `configure_model` what is gathered together."""
 
-    in_shards = True
     in_parts = "weights and moments"
 
     def setup_environment(self) -> None:

@@ -34,7 +34,7 @@ WANDB_PRIVATE: dict[str, Any] = {
     "x_disable_stats": True, "x_disable_machine_info": True, "x_save_requirements": False,
 }  # fmt: skip
 WANDB_FLUSH = "x_transaction_log_flush_interval"  # seconds, which a process that is killed may lose; of newer versions
-MLFLOW_PRIVATE = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
+MLFLOW_PRIVATE = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
 MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # training waits for it
 
 
