@@ -198,6 +198,13 @@ def test_a_process_that_is_slow_is_named_with_its_machine(
     assert "Process 2 on c is slow: 2.7 times the median" in caplog.text
 
 
+def test_a_process_tells_that_it_lives_before_its_first_beat(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, limit_s=1000)  # a beat every hundred seconds
+    assert json.loads((tmp_path / ".alive" / "process-00000.json").read_text())[0] == 0
+    watch.end()
+    assert not [*(tmp_path / ".alive").iterdir()]
+
+
 def test_a_run_that_goes_on_after_all_is_not_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ class Watch:
         self.own = self._file(rank())
         self.step, self.phase, self.until_s = -1, "", float("inf")
         self.ended = threading.Event()
+        self._tell(0)  # at once: of a process that stops before its first beat, nobody would know
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def moved(self, step: int, phase: str, patience: int = 1) -> None:
@@ -130,10 +131,10 @@ class Watch:
             if self._is_late():
                 self._give_up()
             number += 1
-            self._tell(Beat(number, self.step, self.phase, socket.gethostname()))
+            self._tell(number)
 
-    def _tell(self, beat: Beat) -> None:
-        aside = self.own.with_suffix(".writing")
+    def _tell(self, number: int) -> None:
+        beat, aside = Beat(number, self.step, self.phase, socket.gethostname()), self.own.with_suffix(".writing")
         try:
             self.folder.mkdir(exist_ok=True)
             aside.write_text(json.dumps(beat))
