@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from umbif.corpus.people import num_held_out
 from umbif.encoders.weights import own_source, read_config, seen_by
 from umbif.errors import Problem, UsageError
-from umbif.hardware import Asked, devices_of, slow_precision
+from umbif.hardware import Asked, num_processes, slow_precision
 from umbif.recipe.build import Built
 from umbif.scale.choice import strategy_problems
 
@@ -86,10 +86,10 @@ def sibling_problems(built: Built) -> Iterator[Problem]:
 def norm_problems(built: Built) -> Iterator[Problem]:
     """Batch norm of several processes: each would have statistics of its own, and a checkpoint those of one."""
     asked, synced = Asked.of(built.trainer_args), built.trainer_args.get("sync_batchnorm")
-    num_processes = asked.num_processes or len(devices_of(built.trainer_args)) * asked.num_nodes
     norms = [module for module in built.model.modules() if isinstance(module, _BatchNorm)]
     learns = any(weight.requires_grad for norm in norms for weight in norm.parameters())
-    if learns and num_processes > 1 and (not synced or asked.kind == "cpu"):
+    several = (asked.num_processes or num_processes(built.trainer_args)) > 1
+    if learns and several and (not synced or asked.kind == "cpu"):
         cure = "Set model.encoder.norm=group, or, on GPUs, trainer.sync_batchnorm=true"
         yield Problem("model.encoder.norm=batch takes its statistics from one process of several", cure=cure)
 

@@ -78,6 +78,14 @@ def devices_of(trainer: Mapping[str, Any]) -> list[torch.device]:
     return list(found.get_parallel_devices(found.parse_devices(wanted)))
 
 
+def num_processes(trainer: Mapping[str, Any]) -> int:
+    """Of all nodes, one for each device that is there; 1 where a value is one that the Trainer will refuse."""
+    try:
+        return len(devices_of(trainer)) * Asked.of(trainer).num_nodes
+    except (TypeError, ValueError, MisconfigurationException):
+        return 1
+
+
 def missing(asked: Asked) -> str:
     """What this machine lacks of it; nothing where it lacks nothing, or where Lightning knows no such kind."""
     found = there(asked.kind)
@@ -107,10 +115,7 @@ def num_to_start(trainer: Mapping[str, Any]) -> int:
         return 1
     if problems := [*hardware_problems(asked)]:
         raise UsageError(problems)
-    try:
-        return len(devices_of(trainer))
-    except (TypeError, ValueError, MisconfigurationException):  # which the Trainer will refuse
-        return 1
+    return num_processes(trainer)
 
 
 def launcher_problems(asked: Asked) -> Iterator[Problem]:
