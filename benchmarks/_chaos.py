@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from _trained import Course, has_ended, weights
+from _trained import Job, has_ended, weights
 
 EVERY_STEP = ("callbacks.checkpoint.every_n_steps=1", "trainer.log_every_n_steps=1")
 STEPS, WATCHDOG_S = 12, 6
-HYBRID = Course("pretrain/umbif_tiny")
+HYBRID = Job("pretrain/umbif_tiny")
 STRATEGY, TWO = "trainer.strategy=ddp", "trainer.devices=2"
 SAME = "bit for bit"
 

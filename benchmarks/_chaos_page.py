@@ -11,7 +11,7 @@ FIELDS = ("group", "case", "expected", "found")
 INTRODUCTION = """# What was done to trainings, and what became of them
 
 Written by `python benchmarks/chaos.py`, of `benchmarks/results/chaos.json`: trainings of a tiny encoder on tiny exams,
-disturbed on purpose, and held against those that were left alone.
+disturbed on purpose, and compared with those that were left alone.
 
 **{} of {} cases as expected.** In bold what was not.
 """
@@ -20,17 +20,19 @@ MEANING = {  # of a group
         "SIGKILL at twenty points of a save, by the bytes that it has written. The new checkpoint or the one "
         "before must be there, bit for bit.",
     "damaged checkpoints": "What befalls the newest between two starts. The run must end as one that nothing befell.",
-    "disks that take nothing": "From step 4 to step 8. It must be told, and the run must end as one with room.",
+    "disks that take nothing":
+        "From step 4 to step 8. The failure must be reported, and the run must end as one with room.",
     "a damaged corpus": "A flipped bit in what is learnt from. The file must be named, and nothing learnt from it.",
     "other numbers of processes": "Each for a third of the steps. All losses must be those of one process.",
     "faults of two processes":
         "Each kind, in each process, where the others are in a step, wait in an all-reduce, or wait in a save. "
-        "Who is slow must be named; of all else the run must start again by itself, and end as one that nothing "
-        "befell.",
+        "Who is slow must be named; after every other fault the run must start again by itself, and end as one "
+        "that nothing befell.",
     "killed and resumed":
-        "Every recipe that trains, with one process and two, without and with workers, killed once and started "
-        "again from a checkpoint of that place. Weights and all logged losses must be those of a run that was "
-        "not.",
+        "Every recipe that trains, by one process and two, without and with workers, killed once: in its warm-up, "
+        "in the middle of a pass, at its end, or inside an accumulation. Resumed from the checkpoint before, it must "
+        "have the weights and all logged losses of a run that was not killed.",
+    "killed and resumed, pairwise": "Of these, each pair of processes, workers and places once.",
     "soak": "Faults of all kinds, at random places of one run, which must start again by itself each time.",
 }  # fmt: skip
 

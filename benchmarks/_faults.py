@@ -191,8 +191,9 @@ def allow_large_files(*_: Any) -> None:
 
 
 KINDS: dict[str, Callable[..., None]] = {
-    "killed": sent(signal.SIGKILL), "stopped": sent(signal.SIGSTOP), "aborted": sent(signal.SIGABRT),
-    "segfault": segfault, "raises": raise_, "leaves": leave, "memory": out_of_memory, "cut off": cut_off,
+    "killed": sent(signal.SIGKILL), "terminated": sent(signal.SIGTERM), "stopped": sent(signal.SIGSTOP),
+    "aborted": sent(signal.SIGABRT), "segfault": segfault, "raises": raise_, "leaves": leave, "memory": out_of_memory,
+    "cut off": cut_off,
     "slow": slow_down, "weight": flip_weight, "moment": flip_moment, "gradient": flip_gradient,
     "quota": refuse_large_files, "no quota": allow_large_files, "full": fill_disk, "room": empty_disk,
     "read-only": protect, "writable": allow,

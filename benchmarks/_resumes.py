@@ -7,7 +7,7 @@ from pathlib import Path
 
 from _chaos import SAME, STEPS, STRATEGY, Cases, Row, plan, same, show_end
 from _faults import ACCUMULATING, SUMMING
-from _trained import Course, apart, losses, trained
+from _trained import Job, apart, losses, trained
 
 from umbif.recipe.files import list_recipes
 
@@ -25,31 +25,31 @@ SIZES = ((1, 2, 1), (2, 4, 3))
 CLOSE = "within 1e-5"
 
 
-def courses(labels_in: Path) -> list[Course]:
+def jobs(labels_in: Path) -> list[Job]:
     """Every recipe that trains."""
     from small import labelled
 
     tasks = [(name, labels_in / Path(name).name) for name in list_recipes("finetune")]
-    pretraining = [Course(name) for name in list_recipes("pretrain")]
-    return [*pretraining, *(Course(name, labels=labelled(folder, name)) for name, folder in tasks)]
+    pretraining = [Job(name) for name in list_recipes("pretrain")]
+    return [*pretraining, *(Job(name, labels=labelled(folder, name)) for name, folder in tasks)]
 
 
 def resume_cases(place: Path, corpus: Path) -> Cases:
     """Every recipe, killed everywhere, with one process and two, and without and with workers."""
-    for course, circumstances in product(courses(place), product((1, 2), (0, 2), POSITIONS)):
-        yield resume_case(course, *circumstances, place, corpus)
+    for job, circumstances in product(jobs(place), product((1, 2), (0, 2), POSITIONS)):
+        yield resume_case(job, *circumstances, place, corpus)
 
 
 def paired_cases(place: Path, corpus: Path) -> Cases:
     """Every kind of recipe once, and every pair of processes, workers and positions once."""
-    known = {course.recipe: course for course in courses(place)}
+    known = {job.recipe: job for job in jobs(place)}
     for i, (name, (num, position)) in enumerate(zip(KINDS, product((1, 2), POSITIONS), strict=True)):
         workers = 2 * ((i + num) % 2)
         row = resume_case(known[name], num, workers, position, place, corpus)
         yield replace(row, group=f"{row.group}, pairwise")
 
 
-def resume_case(course: Course, num: int, workers: int, position: str, place: Path, corpus: Path) -> Row:
+def resume_case(job: Job, num: int, workers: int, position: str, place: Path, corpus: Path) -> Row:
     """Weights and logged losses of a run that was killed, and of one that was not."""
     step, where, more = POSITIONS[position]
     options = (
@@ -58,26 +58,26 @@ def resume_case(course: Course, num: int, workers: int, position: str, place: Pa
     )  # fmt: skip
     folder = place / "case"
     alone, killed = (folder / which for which in ("alone", "killed"))
-    trained(course, corpus, alone, num, *options)
+    trained(job, corpus, alone, num, *options)
     faults = plan(f"killed@0:{step} in {where}")
-    codes = trained(course, corpus, killed, num, *options, *faults)
+    codes = trained(job, corpus, killed, num, *options, *faults)
     reached = [path.name for path in (killed / "checkpoints").glob("step=*")]
-    trained(course, corpus, killed, num, *options, *faults)
+    trained(job, corpus, killed, num, *options, *faults)
     found = same(killed, alone) if any(codes) and reached == [f"step={step:06d}"] else f"not killed there: {reached}"
     if found != SAME:
         show_end(killed)
     shutil.rmtree(folder)
-    return Row("killed and resumed", f"{course.recipe}, {num} processes, {workers} workers, {position}", SAME, found)
+    return Row("killed and resumed", f"{job.recipe}, {num} processes, {workers} workers, {position}", SAME, found)
 
 
 def size_cases(place: Path, corpus: Path) -> Cases:
     """Trainings that go on with another number of processes."""
     for name, sizes in product(("umbif_tiny", "mae", "simclr", "ssl_cerebral"), SIZES):
-        course, runs = Course(f"pretrain/{name}", (BATCH,)), (place / f"{name}{sizes}", place / name)
+        job, runs = Job(f"pretrain/{name}", (BATCH,)), (place / f"{name}{sizes}", place / name)
         for i, num in enumerate(sizes):
-            trained(course, corpus, runs[0], num, f"trainer.max_steps={4 * (i + 1)}", "model.max_steps=20", STRATEGY)
+            trained(job, corpus, runs[0], num, f"trainer.max_steps={4 * (i + 1)}", "model.max_steps=20", STRATEGY)
         if not runs[1].exists():
-            trained(course, corpus, runs[1], 1, "trainer.max_steps=12", "model.max_steps=20")
+            trained(job, corpus, runs[1], 1, "trainer.max_steps=12", "model.max_steps=20")
         furthest = apart(losses(runs[0]), losses(runs[1]))
         found = CLOSE if furthest < 1e-5 else f"{furthest:.1e}"
         yield Row("other numbers of processes", f"{name}, {' → '.join(map(str, sizes))}", CLOSE, found)

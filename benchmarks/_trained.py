@@ -21,7 +21,7 @@ TESTS = HERE.parent / "tests"
 sys.path.insert(0, str(TESTS))  # recipes at the size of tests
 
 
-class Course(NamedTuple):
+class Job(NamedTuple):
     """A small training.
 
     Args:
@@ -36,22 +36,17 @@ class Course(NamedTuple):
 
     def composed(self, corpus: Path, run_dir: Path, *more: str) -> Recipe:
         """As `tests/small.py` makes recipes small."""
-        from small import VIT, small_recipe, small_task
+        from small import small_fit
 
-        always = ["callbacks.losses.class_path=strategy_ranks.Losses", *self.overrides, *more]
-        if self.labels is not None:
-            vit = [f"model.encoder.{key}={value}" for key, value in VIT.items()]
-            return small_task(self.recipe, corpus, run_dir, self.labels, *vit, *always)
-        less = ["data.num_val_exams=0", "callbacks.monitors=null"]
-        return small_recipe(self.recipe, corpus, run_dir, *less, *always)
+        return small_fit(self.recipe, corpus, run_dir, self.labels, *self.overrides, *more)
 
 
-def trained(course: Course, corpus: Path, run_dir: Path, num_processes: int, *more: str) -> list[int]:
+def trained(job: Job, corpus: Path, run_dir: Path, num_processes: int, *more: str) -> list[int]:
     """Forks the processes of a training, and waits for them; exit codes, of a signal negative.
 
     What the others of one that has fallen do is to wait: they are killed as soon as one has ended badly.
     """
-    recipe = course.composed(corpus, run_dir, *more, f"trainer.devices={num_processes}")
+    recipe = job.composed(corpus, run_dir, *more, f"trainer.devices={num_processes}")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
     children = [forked(lambda rank=rank: _fit(recipe, rank, num_processes, port)) for rank in range(num_processes)]
@@ -81,10 +76,10 @@ def _fit(recipe: Recipe, rank: int, num_processes: int, port: int) -> None:
 
 
 def commanded(
-    course: Course, corpus: Path, run_dir: Path, *more: str, limit_s: float = 300, within: Sequence[str] = ()
+    job: Job, corpus: Path, run_dir: Path, *more: str, limit_s: float = 300, within: Sequence[str] = ()
 ) -> tuple[int, str]:
     """`umbif fit` as a user types it, `within` another command; its exit code, and what it said."""
-    started = command(course.composed(corpus, run_dir, *more), within)
+    started = command(job.composed(corpus, run_dir, *more), within)
     joined: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(**started, **joined, start_new_session=True) as process:
         try:

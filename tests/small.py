@@ -56,6 +56,15 @@ def small_task(name: str, corpus: Path, run_dir: Path, labels: Path, *overrides:
     return compose(name, [*here, "data.num_workers=0", *overrides])
 
 
+def small_fit(name: str, corpus: Path, run_dir: Path, labels: Path | None, *overrides: str) -> Recipe:
+    """A recipe of either kind that writes the losses of all its micro-steps, and does nothing beside training."""
+    always = ["callbacks.losses.class_path=strategy_ranks.Losses", *overrides]
+    if labels is not None:
+        vit = [f"model.encoder.{key}={value}" for key, value in VIT.items()]
+        return small_task(name, corpus, run_dir, labels, *vit, *always)
+    return small_recipe(name, corpus, run_dir, "data.num_val_exams=0", "callbacks.monitors=null", *always)
+
+
 def labelled(folder: Path, name: str) -> Path:
     """A table of labels for the people of the tiny corpus, as a recipe of `finetune/` asks for them."""
     label = compose(name).tree["data"]["label"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from small import VIT, small_recipe, small_task
+from small import small_fit
 
 from umbif.fit import fit
 from umbif.recipe.compose import Recipe
@@ -37,14 +37,10 @@ class Job(NamedTuple):
         """As small as the others, and shared by so many processes."""
         always = [
             f"trainer.devices={world_size}", f"data.global_batch_size={EXAMS_PER_STEP}", "model.gradient_clip=0.05",
-            f"trainer.accumulate_grad_batches={ACCUMULATED}", "callbacks.losses.class_path=strategy_ranks.Losses",
+            f"trainer.accumulate_grad_batches={ACCUMULATED}",
         ]  # fmt: skip
-        if self.labels:
-            vit = [f"model.encoder.{key}={value}" for key, value in VIT.items()]
-            more = [*always, *vit, *self.overrides]
-            return small_task(self.recipe, corpus, Path(self.run_dir), Path(self.labels), *more)
-        more = [*always, "data.num_val_exams=0", "callbacks.monitors=null", *self.overrides]
-        return small_recipe(self.recipe, corpus, Path(self.run_dir), *more)
+        labels = Path(self.labels) if self.labels else None
+        return small_fit(self.recipe, corpus, Path(self.run_dir), labels, *always, *self.overrides)
 
 
 class Poison(pl.Callback):

@@ -20,7 +20,7 @@ from umbif.scale import checkpoint_folder as folders
 from umbif.scale import saver as saver_module
 from umbif.scale import strategies
 from umbif.scale.checkpoint import Checkpoints
-from umbif.scale.checkpoint_folder import MANIFEST, SHARE, STATE, checkpoints, prune, remove_leftovers, set_aside
+from umbif.scale.checkpoint_folder import MANIFEST, SHARE, STATE, checkpoints, mark_damaged, prune, remove_leftovers
 from umbif.scale.saver import Saver
 from umbif.scale.shares import Share, held
 from umbif.scale.strategies import chosen
@@ -84,7 +84,7 @@ def test_what_is_damaged_stays_where_it_is_if_all_are(folder: Path) -> None:
 
 
 def test_processes_that_do_not_see_the_same_checkpoints_stop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategies, "told", lambda value: [value, False if value is True else value])
+    monkeypatch.setattr(strategies, "all_gather", lambda value: [value, False if value is True else value])
     with pytest.raises(UmbifError, match=r"Process 1 does not see the checkpoint .*step=000200 yet.* in a minute"):
         chosen(folder)
 
@@ -309,7 +309,7 @@ def test_those_of_every_so_many_steps_are_kept_for_good(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_goes_once_enough_whole_ones_have_followed(folder: Path) -> None:
-    set_aside(folder / "step=000200")
+    mark_damaged(folder / "step=000200")
     prune(folder, keep=2, keep_every_n_steps=None)
     assert (folder / "damaged.step=000200").exists()
     save(folder, 300)

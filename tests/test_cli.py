@@ -1,8 +1,10 @@
 """A person's mistake ends with one clear message and exit code 2, never with a traceback."""
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from filelock import FileLock
@@ -12,6 +14,7 @@ from umbif.check import hardware
 from umbif.corpus.manifest import read_manifest
 from umbif.recipe.compose import compose
 from umbif.recipe.show import flat_copy
+from umbif.run import open_run
 
 FIT = ("fit", "pretrain/umbif_tiny")
 
@@ -234,6 +237,15 @@ def test_a_run_has_one_writer(
         code, _, err = run(command, monkeypatch, capsys)
     assert code == 1
     assert "Another process is writing" in err
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_that_keeps_no_second_writer_out_is_told(
+    corpus_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "as of a file system without locks")))
+    with open_run(tmp_path / "run", compose(FIT[1], [f"data.corpus={corpus_folder}"])):
+        assert f"{tmp_path / 'run'} lies on a file system without locks" in caplog.text
 
 
 def test_a_recipe_that_cannot_start_does_not_claim_its_folder(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,12 @@ from umbif.scale.watchdog import Beat, Watch, Watchdog, suspects
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAULTS = ("killed@1:4", "raises@0:8", "weight@1:13", "stopped@1:17")
+ENDED = "terminated@1:20"  # by a scheduler
 SAID = (
     "Process 1 was ended by SIGKILL, as the system does when memory runs out. All processes start again",
     "ZeroDivisionError: a fault on purpose",
     "Process 0 ended with an error, as shown above. All processes start again from step",
-    "Step 15: The bits of model.encoder.registers differ between processes; one of them is wrong.",
+    "Step 15: The bits of model.encoder.registers differ between processes. Wrong: process 0 on ",
     "in a step, after step 17:",
     " does not answer: it, or its machine, has stopped.",
     "Process 0 gave up, as it says above. All processes start again from step 15.",
@@ -38,9 +40,15 @@ SAID = (
 
 
 def test_a_run_of_two_that_four_faults_befall_ends_with_the_same_weights(corpus_folder: Path, tmp_path: Path) -> None:
-    undisturbed, _ = trained(corpus_folder, tmp_path / "undisturbed", ())
-    disturbed, said = trained(corpus_folder, tmp_path / "disturbed", FAULTS)
-    assert sorted(path.name for path in (disturbed / ".faults").iterdir()) == sorted(FAULTS)
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    code, said = trained(corpus_folder, undisturbed, ())
+    assert code == 0, said
+    code, said = trained(corpus_folder, disturbed, (*FAULTS, ENDED))
+    assert code == 143, said
+    assert "Ended by SIGTERM at step 22. The same command goes on" in said
+    code, more = trained(corpus_folder, disturbed, (*FAULTS, ENDED))
+    assert code == 0, more
+    assert sorted(path.name for path in (disturbed / ".faults").iterdir()) == sorted((*FAULTS, ENDED))
     weights, expected = ((run / "encoder" / "model.safetensors").read_bytes() for run in (disturbed, undisturbed))
     assert weights == expected
     at = [said.find(line) for line in SAID]
@@ -48,16 +56,16 @@ def test_a_run_of_two_that_four_faults_befall_ends_with_the_same_weights(corpus_
     assert at == sorted(at)
     assert not list((disturbed / ".alive").iterdir())
     starts = [json.loads(line)["step"] for line in (disturbed / "starts.jsonl").read_text().splitlines()]
-    assert starts[:1] + starts[3:] == [0, 12, 15]
+    assert starts[:1] + starts[3:] == [0, 12, 15, 22]
     goodput = [pd.read_csv(run / "metrics.csv")["throughput/goodput"].iloc[-1] for run in (disturbed, undisturbed)]
     assert 0 < goodput[0] < goodput[1] <= 1
 
 
-def trained(corpus: Path, run_dir: Path, faults: Sequence[str]) -> tuple[Path, str]:
-    """A run of two processes, and what it said."""
+def trained(corpus: Path, run_dir: Path, faults: Sequence[str]) -> tuple[int, str]:
+    """Two processes, each with one that reads: their exit code, and what they said."""
     overrides = [
         "hardware=cpu_ddp", f"data.corpus={corpus}", f"run.dir={run_dir}", "data.global_batch_size=4",
-        "data.crop_size=[16,16,16]", "data.num_workers=0", "data.num_val_exams=0", "model.masking.num_visible=8",
+        "data.crop_size=[16,16,16]", "data.num_workers=1", "data.num_val_exams=0", "model.masking.num_visible=8",
         "model.masking.num_targets=8", "model.warmup_steps=3", "trainer.max_steps=24", "trainer.log_every_n_steps=1",
         "callbacks.checkpoint.every_n_steps=3", "callbacks.monitors=null",
         "callbacks.watchdog.watchdog_s=5", "callbacks.faults.class_path=_faults.Faults",
@@ -67,8 +75,7 @@ def trained(corpus: Path, run_dir: Path, faults: Sequence[str]) -> tuple[Path, s
     command = [sys.executable, "-m", "umbif", "fit", "pretrain/umbif_tiny", *overrides]
     joined = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, env=environment, text=True, timeout=400, check=False, **joined)
-    assert done.returncode == 0, done.stdout
-    return run_dir, done.stdout
+    return done.returncode, done.stdout
 
 
 # ---------------------------------------------------------------- starting again
@@ -165,20 +172,20 @@ def test_any_flipped_bit_changes_the_sum(dtype: torch.dtype) -> None:
 
 
 def test_of_three_processes_the_one_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_others(sums: torch.Tensor) -> list[torch.Tensor]:
-        wrong = sums.clone()
+    def of_others(mine: tuple[torch.Tensor, str]) -> list[tuple[torch.Tensor, str]]:
+        wrong = mine[0].clone()
         wrong[1] += 1
-        return [sums, wrong, sums]
+        return [(mine[0], "a"), (wrong, "b"), (mine[0], "c")]
 
-    monkeypatch.setattr(replicas, "told", of_others)
+    monkeypatch.setattr(replicas, "all_gather", of_others)
     shares = [held("model.a", torch.ones(3)), held("model.b", torch.ones(2, 2))]
-    assert difference(shares) == "The bits of model.b differ between processes; process 1 is wrong."
+    assert difference(shares) == "The bits of model.b differ between processes. Wrong: process 1 on b."
 
 
 def test_a_process_that_is_slow_is_named_with_its_machine(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    others = {"told": lambda mine: [(0.1, "a"), (0.11, "b"), (0.3, "c")], "num_ranks": lambda: 3}
+    others = {"all_gather": lambda mine: [(0.1, "a"), (0.11, "b"), (0.3, "c")], "num_ranks": lambda: 3}
     for name, value in others.items():
         monkeypatch.setattr(stragglers, name, value)
     module = SimpleNamespace(encoder=torch.nn.Linear(2, 2), log=lambda name, value: logged.append((name, value)))
@@ -203,6 +210,18 @@ def test_a_process_tells_that_it_lives_before_its_first_beat(tmp_path: Path) -> 
     assert json.loads((tmp_path / ".alive" / "process-00000.json").read_text())[0] == 0
     watch.end()
     assert not [*(tmp_path / ".alive").iterdir()]
+
+
+def test_a_disk_that_keeps_a_beat_waiting_does_not_keep_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up = threading.Event()
+    monkeypatch.setattr(Watch, "_give_up", lambda _: given_up.set())
+    watch = Watch(tmp_path, limit_s=0.2)
+    monkeypatch.setattr(watch, "_tell", lambda _: watch.ended.wait())
+    watch.moved(7, "a step")
+    assert given_up.wait(10)
+    watch.end()
 
 
 def test_a_run_that_goes_on_after_all_is_not_ended(

@@ -24,7 +24,7 @@ from umbif.evaluation.report import write_report
 from umbif.files import whole
 from umbif.fit import finished_steps, fit
 from umbif.pretrain.run_page import write_run_page
-from umbif.scale.metrics import MetricsCSV
+from umbif.scale.metrics_csv import MetricsCSV
 
 Answer = Callable[[list[str]], tuple[int, str]]
 

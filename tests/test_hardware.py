@@ -188,6 +188,25 @@ def test_every_process_refuses_the_run_of_another_recipe_so_that_none_waits_for_
         pytest.fail("it was opened")
 
 
+@pytest.mark.parametrize(
+    ("variables", "leads"),
+    [
+        ({}, True), ({"RANK": "0", "LOCAL_RANK": "0"}, True), ({"RANK": "8", "LOCAL_RANK": "0"}, False),
+        ({"SLURM_PROCID": "0"}, True), ({"SLURM_PROCID": "1"}, False), ({"LOCAL_RANK": "1"}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, True),  # torchrun within srun numbers nodes anew
+        ({"RANK": "8", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, False),
+    ],
+)  # fmt: skip
+def test_one_process_leads_whatever_has_started_them(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], leads: bool
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert machine.is_leader() is leads
+
+
 # ---------------------------------------------------------------- umbif check
 
 

@@ -89,7 +89,7 @@ def test_imports_flow_one_way():
         ("evaluation/report.py", "def f():\n    import umbif.fit"),
         ("demo.py", "from umbif.cli import main"),
         ("pretrain/umbif.py", "from umbif.scale import checkpoint"),
-        ("scale/metrics.py", "from umbif.corpus.shards import Corpus"),
+        ("scale/metrics_csv.py", "from umbif.corpus.shards import Corpus"),
         ("pages/page.py", "from umbif import recipe"),
     ],
 )

@@ -27,7 +27,7 @@ def test_a_save_that_is_killed_anywhere_leaves_a_checkpoint(tmp_path: Path, kill
     found = [*killing.kills(tmp_path, killing.KINDS[kind])]
     assert all(killed.is_intact for killed in found)
     assert len(found) == killing.POINTS
-    assert not all(killed.is_new for killed in found), "no kill has hit a save"
+    assert not all(killed.is_new for killed in found[1:]), "no kill has hit a save"  # the first comes before any byte
 
 
 def test_a_save_after_a_killed_one_is_complete(tmp_path: Path, killing: ModuleType) -> None:

@@ -14,10 +14,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from umbif.errors import Transient
+from umbif.progress import say
 from umbif.run import _log_file
-from umbif.scale.callbacks import say
 from umbif.scale.loggers import TensorBoard
-from umbif.scale.metrics import MetricsCSV
+from umbif.scale.metrics_csv import MetricsCSV
 
 KEYS = ("train/loss", "train/lr")
 

@@ -13,6 +13,7 @@ from itertools import combinations, product
 from pathlib import Path
 from unittest.mock import Mock
 
+import lightning.pytorch as pl
 import pandas as pd
 import pytest
 from small import small_recipe
@@ -62,9 +63,7 @@ def test_every_kind_of_recipe_goes_on_bit_for_bit_wherever_it_was_killed(tmp_pat
 
 def test_metrics_of_a_resumed_run_have_no_seam(corpus_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "cut"
-    process = start(corpus_folder, run)
-    kill_when(process, lambda: saved_steps(run) >= 8 and num_rows(run) > 9, signal.SIGTERM)
-    assert process.returncode == 128 + signal.SIGTERM  # 0 would pass for finished work
+    kill_when(start(corpus_folder, run), lambda: saved_steps(run) >= 8 and num_rows(run) > 9)
     assert start(corpus_folder, run).wait() == 0
     ours, theirs = (pd.read_csv(folder / "metrics.csv") for folder in (run, undisturbed))
     assert ours["step"].tolist() == theirs["step"].tolist()
@@ -144,11 +143,29 @@ def test_a_run_that_is_interrupted_says_where_and_how_it_goes_on(
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("umbif.scale.callbacks.TrainingProgress.on_train_batch_end", pressed)
+    monkeypatch.setattr("umbif.scale.training_progress.TrainingProgress.on_train_batch_end", pressed)
     with pytest.raises(Stopped, match=r"Ended by SIGINT at step 1\. The same command goes on") as stopped:
         fit(small(corpus_folder, tmp_path, 3))
     signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
     assert stopped.value.exit_code == 130
+
+
+def test_a_run_that_a_scheduler_ends_loses_no_step(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(_: object, trainer: pl.Trainer, *__: object) -> None:
+        if trainer.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr("umbif.scale.training_progress.TrainingProgress.on_train_batch_end", ended)
+        with pytest.raises(Stopped, match=r"Ended by SIGTERM at step 5\. The same command goes on") as stopped:
+            fit(small(corpus_folder, tmp_path, 7))
+    assert stopped.value.exit_code == 143  # 0 would pass for finished work
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert saved_steps(tmp_path / "run") == 5
+    assert weights(fit(small(corpus_folder, tmp_path, 7))) == weights(fit(small(corpus_folder, tmp_path / "other", 7)))
 
 
 def small(corpus: Path, folder: Path, num_steps: int) -> Recipe:
@@ -168,13 +185,11 @@ def start(corpus: Path, run: Path) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
 
 
-def kill_when(
-    process: "subprocess.Popen[bytes]", happened: Callable[[], bool], by: signal.Signals = signal.SIGKILL
-) -> None:
+def kill_when(process: "subprocess.Popen[bytes]", happened: Callable[[], bool]) -> None:
     while not happened():
         assert process.poll() is None, "the run ended before the kill"
         time.sleep(0.0005)
-    process.send_signal(by)
+    process.kill()
     process.wait()
 
 

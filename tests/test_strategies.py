@@ -161,7 +161,8 @@ def test_a_checkpoint_says_what_it_is_of(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "told"), [("ddp", None), ("fsdp2", "weights and moments"), ("deepspeed_stage_2", "moments")]
+    ("strategy", "told"),
+    [("ddp", None), ("fsdp2", "weights and moments"), ("deepspeed_stage_2", "weights and moments")],
 )
 def test_what_no_comparison_of_processes_can_find_is_told(runs: Path, strategy: str, told: str | None) -> None:
     said = (runs / f"{strategy}_mae" if strategy in WIDELY else runs / "deepspeed_stage_2_options").joinpath("log.txt")

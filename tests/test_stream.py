@@ -11,7 +11,7 @@ import torch
 from umbif.corpus.shards import Corpus
 from umbif.downstream.data import TaskData
 from umbif.downstream.tasks import MISSING, BinaryLabel, labelled
-from umbif.errors import UsageError
+from umbif.errors import Transient, UsageError
 from umbif.pretrain.masking import COLUMNS, PLACES, TOKENS, Masking
 from umbif.pretrain.monitors import centre_crop
 from umbif.stream.augment import BIAS, CURVE, FLIP, SCALE, Augmentation
@@ -617,7 +617,9 @@ def test_a_reading_process_that_was_killed_is_told_with_what_ran_out():
     bus = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
     after = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     assert "lower data.num_workers" in str(killed(after))
+    assert killed(after).exit_code == Transient.exit_code  # the next start may have the memory
     after.__cause__ = bus
+    assert killed(bus).exit_code == 1
     assert "--shm-size" in str(killed(bus))
     assert "--shm-size" in str(killed(after))
     assert killed(RuntimeError("something else")) is None

@@ -29,17 +29,18 @@ from umbif.recipe.build import Built, build, construct
 from umbif.recipe.check import Run, check
 from umbif.recipe.compose import Recipe
 from umbif.run import open_run, write_provenance
-from umbif.scale.callbacks import TrainingProgress
 from umbif.scale.checkpoint_folder import checkpoints, remove_leftovers
 from umbif.scale.choice import strategy_of
 from umbif.scale.goodput import Goodput
 from umbif.scale.launch import end_with_launcher, launch
 from umbif.scale.loggers import TensorBoard
-from umbif.scale.metrics import MetricsCSV
+from umbif.scale.metrics_csv import MetricsCSV
+from umbif.scale.preemption import Preemption
 from umbif.scale.ranks import lost
 from umbif.scale.stragglers import Stragglers
 from umbif.scale.strategies import DDP, Single
 from umbif.scale.throughput import Throughput
+from umbif.scale.training_progress import TrainingProgress
 from umbif.stream.modules import SlotCounter, killed
 
 log = logging.getLogger("umbif")
@@ -232,6 +233,7 @@ def make_trainer(
     asked = Asked.of(options)
     if problems := [*hardware_problems(asked), *launcher_problems(asked)]:
         raise UsageError(problems)
+    always = [Preemption(), SlotCounter(), Throughput(), Goodput(), Stragglers(), TrainingProgress()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
         loggers = [MetricsCSV(folder), TensorBoard(str(folder), "tensorboard", "")]
@@ -253,7 +255,7 @@ def make_trainer(
             default_root_dir=str(folder),
             logger=loggers,
             plugins=cluster_plugins(),
-            callbacks=[SlotCounter(), Throughput(), Goodput(), Stragglers(), TrainingProgress(), *callbacks],
+            callbacks=[*always, *callbacks],
         )
     except (MisconfigurationException, ImportError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(trainer_problem(error)) from error

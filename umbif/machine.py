@@ -1,9 +1,12 @@
 """What this process runs on."""
 
+import ctypes
 import os
 import platform
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +23,7 @@ GROUP_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 OWN_RUN = "umbif-"  # how the id of what `umbif fit` starts begins
 LIBRARIES = (
     "torch", "lightning", "monai", "torchio", "nibabel", "numpy", "blosc2", "omegaconf", "jsonargparse",
@@ -71,9 +75,12 @@ def _number(path: Path, pattern: str, unit: int) -> int | None:
 
 
 def is_leader() -> bool:
-    """Whether this process is the first of its job, by what launchers set before any of them talk."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return all(rank in (None, "0") for rank in ranks)
+    """Whether this process is the first of its job, by what launchers set before any of them talk.
+
+    Where torchrun was started by srun, it is torchrun that numbers the processes, and its nodes in an order of its own.
+    """
+    names = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "LOCAL_RANK")
+    return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def is_first_here() -> bool:
@@ -89,6 +96,12 @@ def is_launched() -> bool:
 def is_child() -> bool:
     """Whether a process of `umbif fit` has started this one, and will speak for it."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(OWN_RUN)
+
+
+def end_with_parent() -> None:
+    """Lets the system end this process when the one ends that has started it, however it ends; Linux alone can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def environment() -> dict[str, Any]:

@@ -5,8 +5,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import TextIO, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -50,6 +50,12 @@ def stoppable(done: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints, to stdout where no file is given; one on a full disk must not end the work."""
+    with suppress(OSError):
+        print(line, file=file, flush=True)
+
+
 def duration(seconds: float) -> str:
     """`95` → `1 min 35 s`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -78,6 +84,6 @@ def _lines(items: Iterable[T], what: str, total: int) -> Iterator[T]:
         now = time.monotonic()
         if now - last >= LOG_EVERY_S and done < total:
             left = duration((now - start) / done * (total - done))
-            print(f"{what}  {done}/{total}  about {left} left", flush=True)
+            say(f"{what}  {done}/{total}  about {left} left")
             last = now
-    print(f"{what}  {done}/{total}  {duration(time.monotonic() - start)}", flush=True)
+    say(f"{what}  {done}/{total}  {duration(time.monotonic() - start)}")

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from rich.logging import RichHandler
 
 from umbif.errors import Problem, UmbifError, UsageError
@@ -30,6 +30,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 TRAINER_MAY_NOT_CHANGE = ("precision", "accumulate_grad_batches")
 ABSENT = "absent"
+UNLOCKED = "nothing keeps a second command from writing there. See that there is one"
 GAINED = {"data.sequences": None}  # keys that recipes did not have from the start, and what runs did before
 
 
@@ -62,6 +63,8 @@ def _held(folder: Path) -> Iterator[None]:
         raise UmbifError(
             f"Another process is writing {folder}. Wait for it to end, or give this run another run.dir."
         ) from None
+    if isinstance(lock, SoftFileLock):  # which it becomes where `flock` fails, and which keeps nobody out
+        logging.getLogger("umbif").warning("%s lies on a file system without locks: %s", folder, UNLOCKED)
     try:
         yield
     finally:

@@ -36,7 +36,7 @@ from umbif.recipe.words import (
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-COUNTS = ("accumulate_grad_batches", "num_nodes")  # of which Lightning takes 0, or says little
+COUNTS = ("accumulate_grad_batches", "num_nodes", "log_every_n_steps")  # of which Lightning takes 0, or says little
 TRAINING_KEYS = ("run", "model", "data", "trainer", "callbacks")
 
 

@@ -52,14 +52,15 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run does not save again the step that it resumed from."""
         self.saved_step = trainer.global_step
-        if trainer.world_size > 1 and trainer.strategy.in_parts:
-            log.info("not compared between processes, as each has a part of them: %s", trainer.strategy.in_parts)
+        if trainer.world_size > 1 and trainer.strategy.one_copy:
+            log.info("not compared between processes, as each has a part of them: %s", trainer.strategy.one_copy)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Saves at optimiser steps only: in the middle of an accumulation half of a gradient would be lost."""
         start, step = time.perf_counter(), trainer.global_step
         self.saver.poll()
-        if step and step % self.every_n_steps == 0 and step != self.saved_step:
+        is_due = step % self.every_n_steps == 0 or trainer.received_sigterm
+        if step and is_due and step != self.saved_step:
             self.save(trainer)
         self.stall_s += time.perf_counter() - start
 
@@ -75,7 +76,7 @@ class Checkpoints(Checkpoint):
         self.prune()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Completes the checkpoint on its way where all processes were asked to end; else some may be gone."""
+        """Completes the checkpoint on its way where all processes have agreed to end; else some may be gone."""
         if isinstance(exception, SIGTERMException):
             self.saver.finish()
 

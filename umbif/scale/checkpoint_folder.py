@@ -101,11 +101,11 @@ def problem_of(path: Path, rank: int = 0, num_ranks: int = 1) -> str | None:
     return f"{damaged[0]} is damaged" if damaged else None
 
 
-def set_aside(path: Path) -> None:
-    """Gives a damaged checkpoint another name: it must not count among those that are kept."""
-    aside = path.with_name(f"{DAMAGED}{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-    path.rename(aside)
+def mark_damaged(path: Path) -> None:
+    """Renames a damaged checkpoint: it must not count among those that are kept."""
+    damaged = path.with_name(f"{DAMAGED}{path.name}")
+    shutil.rmtree(damaged, ignore_errors=True)  # of an earlier time
+    path.rename(damaged)
 
 
 def about(path: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ MAPPING = "_hp_mapping"  # where DeepSpeed keeps what belongs to a parameter in 
 
 
 class Autocast(DeepSpeedPrecision):
-    """Weights stay in full precision, as they do under the other strategies; products are taken in half of it.
+    """Weights stay in full precision, as under the other strategies; with bf16-mixed, products are taken in bf16.
 
     Args:
         precision: 32-true or bf16-mixed.
@@ -95,21 +95,21 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
         offload: Keep moments, and take the optimiser's step, in the memory of the machine.
         precision: 32-true or bf16-mixed.
         on_cpu: Of CPUs, which DeepSpeed has to be told before it is imported.
-        options: Of Lightning's strategy.
     """
 
+    one_copy = "weights and moments"  # in the lower stages too: each step makes all weights anew from their parts
     handles_gradient_accumulation = False  # else the guard would be asked at every micro-step
 
     def __init__(
-        self, stage: int, offload: bool = False, precision: str = "32-true", on_cpu: bool = False, **options: Any
+        self, stage: int, offload: bool = False, precision: str = "32-true", on_cpu: bool = False
     ) -> None:
-        self.in_parts = "weights and moments" if stage == 3 else "moments"
+        self.in_shards = stage == 3
         if on_cpu:  # where it builds a part of itself by ninja, which lies beside Python
             os.environ["DS_ACCELERATOR"] = "cpu"
             os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         super().__init__(
             stage=stage, offload_optimizer=offload, logging_batch_size_per_gpu=1, logging_level=logging.ERROR,
-            precision_plugin=Autocast(precision), **options,
+            precision_plugin=Autocast(precision),
         )  # fmt: skip
         self.config["zero_force_ds_cpu_optimizer"] = False  # ours steps on the CPU as well
         # On a GPU, DeepSpeed ends an autocast that it was not told of. No module's weights travel in half precision.
@@ -123,7 +123,7 @@ class DeepSpeed(Checkpointed, DeepSpeedStrategy):
     def setup_environment(self) -> None:
         """On CPUs too, which Lightning refuses: to try a recipe where no GPU is."""
         super(DeepSpeedStrategy, self).setup_environment()
-        self.refuse_half()
+        self.agree_to_resume()
 
     def setup_distributed(self) -> None:
         """Lightning's, less a check of GPUs' numbers, which CPUs do not have."""

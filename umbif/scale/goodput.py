@@ -20,13 +20,15 @@ STARTS = "starts.jsonl"  # of a run folder: when it was begun or gone on with, a
 class Goodput(Callback):
     """Logs `throughput/goodput`, a share of all the time, and `throughput/checkpoint_stall`, one of this start's.
 
-    The useful seconds up to a checkpoint lie in it: going on from there, those after it are lost as the steps are.
+    A checkpoint holds the useful seconds up to it. A run that resumes counts on from there: the seconds of
+    steps that are lost do not count.
     """
 
     def __init__(self) -> None:
         self.before_s = 0.0  # useful, of earlier starts
-        self.made_s = time.time()
-        self.began_s = self.since_s = 0.0
+        self.made_s = time.time()  # when this process began
+        self.began_s = 0.0  # when the run did, with its first start
+        self.since_s = 0.0  # since when this start trains
         self.savers: list[Checkpoints] = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The watching is torch's elastic agent, which ends the others when one ends. What
 again what would fail again (a wrong recipe), and to give up only where a run makes no progress.
 """
 
-import ctypes
 import logging
 import os
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umbif.errors import UNEXPECTED, Transient
-from umbif.machine import OWN_RUN, is_child, num_cores
+from umbif.machine import OWN_RUN, end_with_parent, is_child, num_cores
 from umbif.progress import console
 from umbif.scale.checkpoint_folder import checkpoints, step_of
 
@@ -24,13 +23,12 @@ if TYPE_CHECKING:
 
 REFUSED = (1, 2)  # it has said why it cannot go on
 ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # it was told to end
-# How likely a process fell for the sake of another, by its exit code; the others' is 0.
+# Of failures in the same second, those of higher rank are likelier to have followed from another; all others have 0.
 FOLLOWS = {UNEXPECTED: 1, -signal.SIGKILL: 2, Transient.exit_code: 3, ASKED[1]: 4, -signal.SIGTERM: 4}
 SAID = {Transient.exit_code: "gave up, as it says above", UNEXPECTED: "ended with an error, as shown above"}
 EXPLAINED = {signal.SIGKILL: ", as the system does when memory runs out"}
 GRACE_S = 30  # for processes that are asked to end
 LAUNCHER = "UMBIF_LAUNCHER"  # variable: its number
-SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def launch(arguments: Sequence[str], num_processes: int, folder: Path, restarts: int) -> None:
@@ -65,8 +63,8 @@ def end_with_launcher() -> None:
 
     At once, as a process that waits for another answers no gentler signal; its checkpoints are complete or absent.
     """
-    if sys.platform == "linux" and is_child():
-        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+    if is_child():
+        end_with_parent()
         if str(os.getppid()) != os.environ.get(LAUNCHER):  # it has gone already
             raise Transient("The process that has started this one has ended.")
 
@@ -106,7 +104,7 @@ def _answer(failed: Sequence["ProcessFailure"]) -> int | None:
 
 
 def _ended(failed: Sequence["ProcessFailure"]) -> str:
-    """In words: of the first one, or of those of the same second the one that did not fail for the sake of another."""
+    """In words: the first failure; of those in the same second, the likeliest cause."""
     first = min(failed, key=lambda one: (one.timestamp, FOLLOWS.get(one.exitcode, 0), one.local_rank))
     who, code = f"Process {first.local_rank}", first.exitcode
     if code >= 0:

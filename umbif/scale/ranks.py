@@ -1,5 +1,6 @@
 """What the processes of a job tell each other beside training: small things, on the CPU, in a group of their own."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +26,8 @@ def rank() -> int:
     return dist.get_rank() if _joined() else 0
 
 
-def all_of(value: bool) -> bool:
-    """Whether all say so."""
+def all_true(value: bool) -> bool:
+    """Whether it is true on every process. All must call it."""
     if not _joined():
         return value
     flag = torch.tensor(int(value))
@@ -34,12 +35,26 @@ def all_of(value: bool) -> bool:
     return bool(flag)
 
 
-def told(values: T) -> list[T]:
-    """What each of them says, in their order."""
+def any_true_later(value: bool) -> Callable[[], bool]:
+    """Asks whether it is true on any process; what is returned waits for the answer. All must call both."""
     if not _joined():
-        return [values]
+        return lambda: value
+    flag = torch.tensor(int(value))
+    asked = dist.all_reduce(flag, dist.ReduceOp.MAX, group=_control(), async_op=True)
+
+    def answer() -> bool:
+        asked.wait()
+        return bool(flag)
+
+    return answer
+
+
+def all_gather(value: T) -> list[T]:
+    """The value of every process, by rank. All must call it: it waits for the last one."""
+    if not _joined():
+        return [value]
     everywhere: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, values, group=_control())
+    dist.all_gather_object(everywhere, value, group=_control())
     return everywhere  # type: ignore[return-value]
 
 

@@ -4,13 +4,14 @@ Silent corruption is met "every week or two" in large runs (Gemini Team 2023, ar
 sums of the bits of every tensor, which change with any single one.
 """
 
+import socket
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from umbif.errors import Transient
-from umbif.scale.ranks import num_ranks, told
+from umbif.scale.ranks import all_gather, num_ranks
 from umbif.scale.shares import Share
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
@@ -24,20 +25,21 @@ def refuse_difference(shares: Sequence[Share], step: int) -> None:
     """
     alike = [share for share in shares if share.everywhere and share.num]
     if num_ranks() > 1 and alike and (problem := difference(alike)):
-        raise Transient(f"Step {step}: {problem} If it happens again, leave that machine out.")
+        raise Transient(f"Step {step}: {problem} A machine that is named again is to be left out.")
 
 
 def difference(shares: Sequence[Share]) -> str:
     """Which process holds other bits than the others, and where; nothing where all are alike."""
     sums = torch.stack([bit_sum(share.memory).cpu() for share in shares])
-    everyone = torch.stack(told(sums))  # (processes, tensors)
+    found = all_gather((sums, socket.gethostname()))
+    everyone = torch.stack([sums for sums, _ in found])  # (processes, tensors)
     usual = everyone.mode(0).values
     apart = (everyone != usual).nonzero().tolist()
     if not apart:
         return ""
-    who = sorted({rank for rank, _ in apart})
-    wrong = "one of them" if len(everyone) == 2 else f"process {', '.join(map(str, who))}"
-    return f"The bits of {shares[apart[0][1]].name} differ between processes; {wrong} is wrong."
+    who = sorted({rank for rank, _ in apart}) if len(found) > 2 else (0, 1)  # of two, nobody knows which
+    wrong = (" and " if len(found) > 2 else " or ").join(f"process {rank} on {found[rank][1]}" for rank in who)
+    return f"The bits of {shares[apart[0][1]].name} differ between processes. Wrong: {wrong}."
 
 
 def bit_sum(tensor: Tensor) -> Tensor:

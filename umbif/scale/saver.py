@@ -17,9 +17,9 @@ from umbif.files import to_disk
 from umbif.machine import available_memory_bytes
 from umbif.scale import checkpoint_folder as folders
 from umbif.scale.checkpoint_folder import SHARE, STATE
-from umbif.scale.ranks import all_of, num_ranks, rank, told
+from umbif.scale.ranks import all_gather, all_true, num_ranks, rank
 from umbif.scale.shares import Share
-from umbif.scale.tensor_file import Fingerprint, num_bytes_of, write_shares
+from umbif.scale.tensor_file import EMPTY, Fingerprint, num_bytes_of, write_shares
 
 MEMORY_SHARE = 0.5  # of what is free, for tensors that wait to be written
 log = logging.getLogger("umbif")
@@ -60,7 +60,7 @@ class Saver:
         content = in_bytes(state)
         mine = [share for share in shares if share.num]
         if self._begun(path, num_bytes_of(mine)):
-            beside = self.asynchronous and all_of(_room_for(mine, self.num_siblings))
+            beside = self.asynchronous and all_true(_room_for(mine, self.num_siblings))
             self.writing = _Writing(path, content, [_copy(share) for share in mine] if beside else mine, about)
             self.writing.start(beside)
             if not beside:
@@ -68,7 +68,7 @@ class Saver:
 
     def poll(self) -> None:
         """Completes the checkpoint on its way once all processes have written their part."""
-        if self.writing is not None and all_of(self.writing.has_ended()):
+        if self.writing is not None and all_true(self.writing.has_ended()):
             self.finish()
 
     def finish(self) -> None:
@@ -77,17 +77,17 @@ class Saver:
         if writing is None:
             return
         writing.wait()
-        troubles = [trouble for trouble in told(writing.trouble) if trouble is not None]
-        files = {name: found for of_rank in told(writing.files) for name, found in of_rank.items()}
+        troubles = [trouble for trouble in all_gather(writing.trouble) if trouble is not None]
+        files = {name: found for of_rank in all_gather(writing.files) for name, found in of_rank.items()}
         if not troubles and rank() == 0:
             assert set(files) == {STATE, *(SHARE.format(i) for i in range(num_ranks()))}
             troubles = _troubles(lambda: folders.publish(writing.path, files, writing.about))
-        self._went_well(writing.path, told(troubles)[0])
+        self._went_well(writing.path, all_gather(troubles)[0])
 
     def _begun(self, path: Path, num_bytes: int) -> bool:
-        needed = sum(told(num_bytes))
+        needed = sum(all_gather(num_bytes))
         troubles = _troubles(lambda: folders.begin(path, needed)) if rank() == 0 else []
-        return self._went_well(path, told(troubles)[0])
+        return self._went_well(path, all_gather(troubles)[0])
 
     def _went_well(self, path: Path, troubles: list[Trouble]) -> bool:
         """Whether it did; said once where it did not."""
@@ -137,7 +137,7 @@ class _Writing:
         if rank() == 0:
             (aside / STATE).write_bytes(self.state)
             to_disk(aside / STATE)
-            self.files[STATE] = Fingerprint(0, 0).after(self.state)
+            self.files[STATE] = EMPTY.after(self.state)
 
 
 def in_bytes(state: Mapping[str, Any]) -> bytes:

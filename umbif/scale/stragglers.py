@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from umbif.ranges import PositiveFloat
-from umbif.scale.ranks import num_ranks, told
+from umbif.scale.ranks import all_gather, num_ranks
 
 log = logging.getLogger("umbif")
 
@@ -42,7 +42,7 @@ class Stragglers(Callback):
         if self.clock is None or not self.clock.spans or step == self.compared_step or step % trainer.log_every_n_steps:
             return
         self.compared_step = step
-        means_s, hosts = zip(*told((self.clock.mean_s(), socket.gethostname())), strict=True)
+        means_s, hosts = zip(*all_gather((self.clock.mean_s(), socket.gethostname())), strict=True)
         usual_s = median_low(means_s)
         slowest = max(range(len(means_s)), key=means_s.__getitem__)
         pl_module.log("throughput/slowest", means_s[slowest] / usual_s)

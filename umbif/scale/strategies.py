@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from umbif.errors import Transient, UmbifError
 from umbif.ranges import PositiveFloat, PositiveInt
 from umbif.scale import shares
-from umbif.scale.checkpoint_folder import SHARES, STATE, checkpoints, is_complete, problem_of, set_aside
-from umbif.scale.ranks import num_ranks, rank, told
+from umbif.scale.checkpoint_folder import SHARES, STATE, checkpoints, is_complete, mark_damaged, problem_of
+from umbif.scale.ranks import all_gather, num_ranks, rank
 from umbif.scale.replicas import refuse_difference
 from umbif.scale.saver import Saver
 from umbif.scale.shares import Share
@@ -40,7 +40,8 @@ class Checkpointed:
     global_rank: int
     world_size: int
 
-    in_parts = ""  # what each process holds a part of, and no comparison of processes can find a flipped bit in
+    in_shards = False  # whether a forward gathers weights
+    one_copy = ""  # what only one process holds of: no comparison can find a flipped bit in it
     restore_checkpoint_after_setup = True  # by then, tensors lie where they stay
     lightning_restore_optimizer = False
 
@@ -50,23 +51,18 @@ class Checkpointed:
         self.about: Mapping[str, Any] = {}
         self.resumes = False  # whether this process sees a checkpoint to go on from
 
-    @property
-    def in_shards(self) -> bool:
-        """Whether a forward gathers weights."""
-        return "weights" in self.in_parts
-
     def setup_environment(self) -> None:
         """Lightning's, and the first word with the others."""
         super().setup_environment()  # type: ignore[misc]
-        self.refuse_half()
+        self.agree_to_resume()
 
-    def refuse_half(self) -> None:
-        """Some would begin, and wait for others who go on.
+    def agree_to_resume(self) -> None:
+        """All processes resume, or none: else some begin at step 0, and wait for ever for those that go on.
 
         Raises:
             Transient: Not all see a checkpoint.
         """
-        seen = told(self.resumes)
+        seen = all_gather(self.resumes)
         if len(set(seen)) > 1:
             raise Transient(f"Process {seen.index(False)} does not see the checkpoints yet. {LATER}.")
 
@@ -178,7 +174,7 @@ class DDP(Checkpointed, DDPStrategy):
 class FSDP2(Checkpointed, ModelParallelStrategy):
     """Rows of the weights; modules say by `configure_model` what is gathered together."""
 
-    in_parts = "weights and moments"
+    in_shards, one_copy = True, "weights and moments"
 
     def setup_environment(self) -> None:
         """Data-parallel over all processes: Lightning's `auto` means tensor-parallel within a node."""
@@ -195,15 +191,15 @@ def chosen(folder: Path) -> Path:
         UmbifError: None is complete.
         Transient: Not all processes see it, or a disk could not be read.
     """
-    paths = told(checkpoints(folder))[0]
+    paths = all_gather(checkpoints(folder))[0]
     for place, path in enumerate(paths):
-        seen = told(is_complete(path))
+        seen = all_gather(is_complete(path))
         if len(set(seen)) > 1:
             raise Transient(f"Process {seen.index(False)} does not see the checkpoint {path} yet. {LATER}.")
-        problems = [problem for problem in told(problem_of(path, rank(), num_ranks())) if problem]
+        problems = [problem for problem in all_gather(problem_of(path, rank(), num_ranks())) if problem]
         if not problems:
             for damaged in paths[:place] if rank() == 0 else ():
-                set_aside(damaged)
+                mark_damaged(damaged)
             return path
         if rank() == 0:
             log.warning("Passed over the checkpoint %s: %s", path.name, problems[0])

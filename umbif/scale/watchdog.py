@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from umbif.errors import Transient
+from umbif.progress import say
 from umbif.ranges import PositiveFloat
 from umbif.scale.ranks import num_ranks, rank
 
@@ -101,7 +102,7 @@ class Beat(NamedTuple):
 
 
 class Watch:
-    """A thread that sees what the main one is doing.
+    """Threads that see what the main one is doing, and say so.
 
     Args:
         folder: Of the run.
@@ -114,7 +115,8 @@ class Watch:
         self.step, self.phase, self.until_s = -1, "", float("inf")
         self.ended = threading.Event()
         self._tell(0)  # at once: of a process that stops before its first beat, nobody would know
-        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+        for work in (self._beat, self._watch):  # apart, as a disk may keep a beat waiting for ever
+            threading.Thread(target=work, name="watchdog", daemon=True).start()
 
     def moved(self, step: int, phase: str, patience: int = 1) -> None:
         """Progress, and what comes next."""
@@ -125,11 +127,14 @@ class Watch:
         self.ended.set()
         self.own.unlink(missing_ok=True)
 
-    def _run(self) -> None:
-        number = 0
+    def _watch(self) -> None:
         while not self.ended.wait(self.limit_s / BEATS):
             if self._is_late():
                 self._give_up()
+
+    def _beat(self) -> None:
+        number = 0
+        while not self.ended.wait(self.limit_s / BEATS):
             number += 1
             self._tell(number)
 
@@ -146,16 +151,17 @@ class Watch:
         """Whatever the disk does: a run folder may be what everyone waits for."""
         end = threading.Timer(self.limit_s / 2 + LAST_WORDS_S, os._exit, [Transient.exit_code])
         end.start()
-        _say(f"Process {rank()} has waited {self.limit_s:.0f} s or more in {self.phase}, after step {self.step}:")
+        waited = f"Process {rank()} has waited {self.limit_s:.0f} s or more"
+        say(f"umbif: {waited} in {self.phase}, after step {self.step}:", sys.stderr)
         faulthandler.dump_traceback(sys.stderr)
         before = self._beats()
         self.ended.wait(2 * self.limit_s / BEATS)
         if self.ended.is_set() or not self._is_late():  # it was slow, or stopped for a while by a person
             end.cancel()
             return
-        before.pop(rank(), None)  # this one has no time to beat
+        before.pop(rank(), None)  # this one answers, whatever becomes of its beats
         for line in suspects(before, self._beats()):
-            _say(line)
+            say(f"umbif: {line}", sys.stderr)
         os._exit(Transient.exit_code)
 
     def _is_late(self) -> bool:
@@ -183,7 +189,3 @@ def suspects(before: dict[int, Beat], now: dict[int, Beat]) -> Iterator[str]:
     behind = {i: beat for i, beat in now.items() if beat.step == last}
     if not silent and len(behind) < len(now):
         yield from (f"Process {i} on {beat.host} is behind, in {beat.phase}." for i, beat in behind.items())
-
-
-def _say(line: str) -> None:
-    print(f"umbif: {line}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """A corpus as endless training batches that resume from one integer."""
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from umbif.corpus.people import people_of
 from umbif.corpus.shards import TUMOUR, Corpus
-from umbif.errors import Problem, UmbifError, UsageError
-from umbif.machine import SHARED_MEMORY, available_memory_bytes, shared_memory_bytes
+from umbif.errors import Problem, Transient, UmbifError, UsageError
+from umbif.machine import SHARED_MEMORY, available_memory_bytes, end_with_parent, shared_memory_bytes
 from umbif.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Seed, Share, Spellings
 from umbif.stream.exams import CropDataset, Exams, WholeBrainDataset, collate
 from umbif.stream.order import Triple, slots_of_rank
@@ -203,7 +204,17 @@ def data_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCHED if num_workers else None,
+        worker_init_fn=stand_apart,
     )
+
+
+def stand_apart(_: int) -> None:
+    """Takes a worker out of the group of its process, and lets it end with that.
+
+    A signal to the whole group, as launchers send it, would take the worker from a process that ends in order.
+    """
+    end_with_parent()
+    os.setpgid(0, 0)
 
 
 def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int, cache_bytes: float) -> int:
@@ -239,14 +250,14 @@ def affordable_workers(num_wanted: int, batch_bytes: int, num_processes: int, ca
 
 
 def killed(error: RuntimeError) -> UmbifError | None:
-    """What to say where the system has killed a reading process of a DataLoader; None for another error."""
+    """What to say where a reading process of a DataLoader has fallen; None for another error."""
     said = str(error).strip()
     if "DataLoader worker" not in said:
         return None
-    cure = "Most often the memory ran out: lower data.num_workers or data.global_batch_size"
+    what = f"A reading process was killed ({said.splitlines()[-1]})."
     if "bus error" in f"{said} {error.__cause__}".lower():
-        cure = f"Shared memory ran out. {SHARED_CURE}"
-    return UmbifError(f"A reading process was killed ({said.splitlines()[-1]}). {cure}.")
+        return UmbifError(f"{what} Shared memory ran out. {SHARED_CURE}.")
+    return Transient(f"{what} Most often the memory ran out: lower data.num_workers or data.global_batch_size.")
 
 
 def tell_left_out(corpus: Corpus) -> None:

@@ -2,14 +2,13 @@
 
 import sys
 import time
-from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from umbif.progress import LOG_EVERY_S, console, duration
+from umbif.progress import LOG_EVERY_S, console, duration, say
 
 
 class TrainingProgress(Callback):
@@ -70,9 +69,3 @@ class TrainingProgress(Callback):
     def _said(self, trainer: pl.Trainer) -> str:
         loss = trainer.callback_metrics.get("train/loss")
         return "" if loss is None else f"loss {float(loss):.3f}"
-
-
-def say(line: str) -> None:
-    """To whoever listens: a file on a disk that is full does not."""
-    with suppress(OSError):
-        print(line, flush=True)

@@ -36,7 +36,7 @@ class MetricsCSV(Spared, Logger):
 
     @property
     def version(self) -> str:
-        """None: a run has one file."""
+        """Empty: a run has one file."""
         return ""
 
     @rank_zero_only
