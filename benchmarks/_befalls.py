@@ -13,19 +13,29 @@ FALLS = ("killed", "aborted", "segfault", "raises", "leaves", "memory", "cut off
 FLIPS = ("weight@{}:6", "moment@{}:6", f"gradient@{{}}:6 in {SUMMED}")
 AGAIN = f"{SAME}, started again 1 time"
 EACH = 6  # steps for each fault of a soak
-OPTIONS = ("callbacks.checkpoint.every_n_steps=3", TWO, STRATEGY, f"callbacks.watchdog.watchdog_s={WATCHDOG_S}")
+OPTIONS = (
+    TWO, STRATEGY, "data.num_workers=1", "callbacks.checkpoint.every_n_steps=3",
+    f"callbacks.watchdog.watchdog_s={WATCHDOG_S}",
+)  # fmt: skip
+PLACES = (STEP, SUMMING, SAVING)
 
 
 def fault_cases(place: Path, corpus: Path) -> Cases:
     """Each fault, in each process, at each place."""
     steps = (*OPTIONS, f"trainer.max_steps={STEPS}")
     commanded(HYBRID, corpus, place / "alone", *steps)
-    faults = [f"{kind}@{rank}:6 in {where}" for kind, rank, where in product(FALLS, (0, 1), (STEP, SUMMING, SAVING))]
+    faults = [f"{kind}@{rank}:6 in {where}" for kind, rank, where in product(FALLS, (0, 1), PLACES)]
     for fault in (*faults, *(flip.format(rank) for flip in FLIPS for rank in (0, 1))):
         code, said = commanded(HYBRID, corpus, place / fault, *steps, *plan(fault))
         found = f"exit code {code}" if code else same(place / fault, place / "alone", curves=False)
         found += f", started again {said.count('All processes start again')} time"
         yield row(fault, AGAIN, found, said)
+    for rank, where in product((0, 1), PLACES):
+        fault = f"terminated@{rank}:6 in {where}"
+        code, said = commanded(HYBRID, corpus, place / fault, *steps, *plan(fault))
+        commanded(HYBRID, corpus, place / fault, *steps, *plan(fault))
+        found = f"exit code {code}, gone on with {same(place / fault, place / 'alone', curves=False)}"
+        yield row(fault, f"exit code 143, gone on with {SAME}", found, said)
     for rank in (0, 1):
         fault = f"slow@{rank}:2"
         code, said = commanded(HYBRID, corpus, place / fault, *steps, "trainer.log_every_n_steps=2", *plan(fault))

@@ -25,9 +25,9 @@ MEANING = {  # of a group
     "a damaged corpus": "A flipped bit in what is learnt from. The file must be named, and nothing learnt from it.",
     "other numbers of processes": "Each for a third of the steps. All losses must be those of one process.",
     "faults of two processes":
-        "Each kind, in each process, where the others are in a step, wait in an all-reduce, or wait in a save. "
-        "Who is slow must be named; after every other fault the run must start again by itself, and end as one "
-        "that nothing befell.",
+        "Each kind, in each process, where the others are in a step, wait in an all-reduce, or wait in a save; each "
+        "has one that reads for it. Who is slow must be named. SIGTERM must end the run, and the same command go on. "
+        "After every other fault the run must start again by itself. All must end as one that nothing befell.",
     "killed and resumed":
         "Every recipe that trains, by one process and two, without and with workers, killed once: in its warm-up, "
         "in the middle of a pass, at its end, or inside an accumulation. Resumed from the checkpoint before, it must "
