@@ -14,6 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from umbif.errors import UmbifError
 from umbif.scale import checkpoint_folder as folders
@@ -301,6 +302,16 @@ def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path, keep: int)
     assert found == [35, 30, 20, 10][: max(2, keep)]
 
 
+def test_a_run_that_is_asked_to_end_saves_the_step_that_it_ends_with(tmp_path: Path) -> None:
+    callback, trainer = Checkpoints(every_n_steps=10), Saves(tmp_path)
+    callback.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    trainer.global_step, trainer.received_sigterm = 7, True
+    callback.on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+    callback.on_exception(trainer, None, SIGTERMException())  # type: ignore[arg-type]
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step=000007"]
+
+
 def test_those_of_every_so_many_steps_are_kept_for_good(tmp_path: Path) -> None:
     for step in range(10, 110, 10):
         save(tmp_path, step)
@@ -366,6 +377,7 @@ class Saves:
         self.fit_loop, self.strategy = MagicMock(), MagicMock()
         self.callbacks: list[Any] = []
         self.num_devices = self.world_size = 1
+        self.received_sigterm = False
 
     def save_checkpoint(self, path: Path) -> None:
         self.saved.append(self.global_step)
