@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,7 +17,7 @@ from unittest.mock import Mock
 import lightning.pytorch as pl
 import pandas as pd
 import pytest
-from small import small_recipe
+from small import VIT, labelled, small_recipe, small_task
 
 from umbif.encoders.guard import Guard
 from umbif.errors import Stopped, UmbifError, UsageError
@@ -150,22 +151,46 @@ def test_a_run_that_is_interrupted_says_where_and_how_it_goes_on(
     assert stopped.value.exit_code == 130
 
 
+@pytest.mark.parametrize(("come", "ended"), [(2, 3), (3, 5), (6, 7), (7, 7)])  # the fourth step is one that validates
 def test_a_run_that_a_scheduler_ends_loses_no_step(
-    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, come: int, ended: int
 ) -> None:
-    def ended(_: object, trainer: pl.Trainer, *__: object) -> None:
-        if trainer.global_step == 3:
+    def signalled(_: object, trainer: pl.Trainer, *__: object) -> None:
+        if trainer.global_step == come:
             signal.raise_signal(signal.SIGTERM)
+
+    def recipe(folder: Path) -> Recipe:
+        more = ["trainer.val_check_interval=4", "callbacks.monitors=null"]
+        return small_recipe("pretrain/umbif_tiny", corpus_folder, folder, *more, max_steps=7)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("umbif.scale.training_progress.TrainingProgress.on_train_batch_end", ended)
-        with pytest.raises(Stopped, match=r"Ended by SIGTERM at step 5\. The same command goes on") as stopped:
-            fit(small(corpus_folder, tmp_path, 7))
+        patch.setattr("umbif.scale.training_progress.TrainingProgress.on_train_batch_end", signalled)
+        with pytest.raises(Stopped, match=rf"Ended by SIGTERM at step {ended}\. The same command goes on") as stopped:
+            fit(recipe(tmp_path / "run"))
     assert stopped.value.exit_code == 143  # 0 would pass for finished work
     assert signal.getsignal(signal.SIGTERM) == before
-    assert saved_steps(tmp_path / "run") == 5
-    assert weights(fit(small(corpus_folder, tmp_path, 7))) == weights(fit(small(corpus_folder, tmp_path / "other", 7)))
+    assert saved_steps(tmp_path / "run") == ended
+    ours, theirs = fit(recipe(tmp_path / "run")), fit(recipe(tmp_path / "other"))
+    assert weights(ours) == weights(theirs)
+    curves = [pd.read_csv(run / "metrics.csv")["val/loss"].dropna().tolist() for run in (ours, theirs)]
+    assert curves[0] == curves[1]
+    assert len(curves[1]) == 1
+
+
+def test_a_run_that_is_ended_while_it_predicts_goes_on_to_predict(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = labelled(tmp_path / "labels", "finetune/idh")
+    vit = [f"model.encoder.{key}={value}" for key, value in VIT.items()]
+    recipe = small_task("finetune/idh", corpus_folder, tmp_path / "run", labels, *vit, "trainer.max_steps=2")
+    with monkeypatch.context() as patch:
+        end = partial(signal.raise_signal, signal.SIGTERM)
+        patch.setattr("umbif.scale.preemption.Preemption.on_predict_batch_start", lambda *_: end(), raising=False)
+        with pytest.raises(Stopped, match="Ended by SIGTERM at step 2"):
+            fit(recipe)
+    assert not (tmp_path / "run" / "predictions.parquet").exists()
+    assert (fit(recipe) / "predictions.parquet").exists()
 
 
 def small(corpus: Path, folder: Path, num_steps: int) -> Recipe:

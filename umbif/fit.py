@@ -140,11 +140,13 @@ def _train(recipe: Recipe, folder: Path) -> None:
     # Only once the checkpoint has been found to belong to this corpus: what is refused must not claim the folder.
     provenance = LambdaCallback(on_train_start=lambda trainer, _: _started(trainer, recipe, folder))
     about = {"recipe": recipe.tree, "corpus": built.data.corpus.identity, **environment()}
-    trainer = make_trainer(built.trainer_args, [provenance, *built.callbacks.values()], folder, about)
+    preemption = Preemption()
+    trainer = make_trainer(built.trainer_args, [preemption, provenance, *built.callbacks.values()], folder, about)
     trainer.strategy.resumes = resume is not None
     with _in_plain_words(trainer, built):
         if trainer.max_steps:  # a comparator that takes no step needs no exam
             trainer.fit(built.model, datamodule=built.data, ckpt_path=resume)
+            preemption.leave_if_asked()
             refuse_untaught(built, trainer.global_step, folder)
         else:
             write_provenance(folder, recipe)
@@ -161,7 +163,7 @@ def export(built: Built, recipe: Recipe, trainer: pl.Trainer, folder: Path) -> N
         if num_steps:
             model = build(recipe).model
             model.load_state_dict(trainer.strategy.whole_state())
-        trainer = make_trainer({**built.trainer_args, "strategy": "auto"}, [], folder, {})
+        trainer = make_trainer({**built.trainer_args, "strategy": "auto"}, [Preemption()], folder, {})
     model.export(folder, built.data, trainer, num_steps)
 
 
@@ -233,7 +235,7 @@ def make_trainer(
     asked = Asked.of(options)
     if problems := [*hardware_problems(asked), *launcher_problems(asked)]:
         raise UsageError(problems)
-    always = [Preemption(), SlotCounter(), Throughput(), Goodput(), Stragglers(), TrainingProgress()]
+    always = [SlotCounter(), Throughput(), Goodput(), Stragglers(), TrainingProgress()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about loggers that the run folder makes unnecessary
         loggers = [MetricsCSV(folder), TensorBoard(str(folder), "tensorboard", "")]

@@ -27,7 +27,7 @@ ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # it was told to end
 FOLLOWS = {UNEXPECTED: 1, -signal.SIGKILL: 2, Transient.exit_code: 3, ASKED[1]: 4, -signal.SIGTERM: 4}
 SAID = {Transient.exit_code: "gave up, as it says above", UNEXPECTED: "ended with an error, as shown above"}
 EXPLAINED = {signal.SIGKILL: ", as the system does when memory runs out"}
-GRACE_S = 30  # for processes that are asked to end
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"  # s, for two steps and a save; since torch 2.12
 LAUNCHER = "UMBIF_LAUNCHER"  # variable: its number
 
 
@@ -44,6 +44,27 @@ def launch(arguments: Sequence[str], num_processes: int, folder: Path, restarts:
         SystemExit: The processes have said why they end.
         Transient: Processes fell too often.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    os.environ.setdefault(*GRACE)
+    try:
+        _run(arguments, num_processes, folder, restarts)
+    except SignalException as ended:
+        raise SystemExit(128 + ended.sigval) from None
+
+
+def end_with_launcher() -> None:
+    """A process that `launch` has started must not go on when that is killed: it would hold GPUs and the run folder.
+
+    At once, as a process that waits for another answers no gentler signal; its checkpoints are complete or absent.
+    """
+    if is_child():
+        end_with_parent()
+        if str(os.getppid()) != os.environ.get(LAUNCHER):  # it has gone already
+            raise Transient("The process that has started this one has ended.")
+
+
+def _run(arguments: Sequence[str], num_processes: int, folder: Path, restarts: int) -> None:
     left, reached = restarts, _newest_step(folder)
     while failed := _run_once(arguments, num_processes):
         if (code := _answer(failed)) is not None:
@@ -58,20 +79,8 @@ def launch(arguments: Sequence[str], num_processes: int, folder: Path, restarts:
         console.print(f"{said}. All processes start again {where}.")
 
 
-def end_with_launcher() -> None:
-    """A process that `launch` has started must not go on when that is killed: it would hold GPUs and the run folder.
-
-    At once, as a process that waits for another answers no gentler signal; its checkpoints are complete or absent.
-    """
-    if is_child():
-        end_with_parent()
-        if str(os.getppid()) != os.environ.get(LAUNCHER):  # it has gone already
-            raise Transient("The process that has started this one has ended.")
-
-
 def _run_once(arguments: Sequence[str], num_processes: int) -> list["ProcessFailure"]:
     """Processes that failed; none where all have finished."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -79,7 +88,6 @@ def _run_once(arguments: Sequence[str], num_processes: int) -> list["ProcessFail
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1", run_id=OWN_RUN + uuid.uuid4().hex, max_restarts=0, monitor_interval=0.2,
-        shutdown_timeout=GRACE_S,
     )  # fmt: skip
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
@@ -87,8 +95,6 @@ def _run_once(arguments: Sequence[str], num_processes: int) -> list["ProcessFail
         elastic_launch(config, sys.executable)("-u", "-m", "umbif", *arguments)
     except ChildFailedError as error:
         return list(error.failures.values())
-    except SignalException as ended:
-        raise SystemExit(128 + ended.sigval) from None
     return []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from umbif.scale.ranks import any_true_later
 
@@ -20,14 +21,13 @@ class Preemption(Callback):
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.agreed = False
         self.step = 0
         self.answer: Callable[[], bool] = lambda: False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before Lightning sets up its handler."""
-        if stage == "fit":
-            trainer._signal_connector._sigterm_notifier_fn = self._note
+        """Before Lightning sets up its handler. Only a training has something to save."""
+        trainer._signal_connector._sigterm_notifier_fn = self._note if stage == "fit" else _leave
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From which step it counts."""
@@ -38,13 +38,28 @@ class Preemption(Callback):
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        agreed = self.answer()
-        self.answer = any_true_later(self.asked)
-        trainer._signal_connector.received_sigterm = agreed
+        agreed, self.answer = self.answer(), any_true_later(self.asked)
+        loop = trainer.fit_loop
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # which ending here would leave undone
+        trainer._signal_connector.received_sigterm = agreed and (self.agreed or not validates)
+        self.agreed = agreed
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves to Lightning what comes after."""
         trainer._signal_connector.__dict__.pop("_sigterm_notifier_fn", None)
 
+    def leave_if_asked(self) -> None:
+        """After a training: a signal during its last steps.
+
+        Raises:
+            SIGTERMException: It came, to whichever process.
+        """
+        if any_true_later(self.asked)():
+            raise SIGTERMException
+
     def _note(self, *_: Any) -> None:
         self.asked = True
+
+
+def _leave(*_: Any) -> None:
+    raise SIGTERMException
