@@ -39,8 +39,9 @@ def fault_cases(place: Path, corpus: Path) -> Cases:
     for rank in (0, 1):
         fault = f"slow@{rank}:2"
         code, said = commanded(HYBRID, corpus, place / fault, *steps, "trainer.log_every_n_steps=2", *plan(fault))
-        named = re.search(r"Process (\d) on \S+ is slow", (place / fault / "log.txt").read_text())
-        found = f"{same(place / fault, place / 'alone', curves=False)}, process {named[1] if named else '?'} named"
+        named = re.findall(r"Process (\d) on \S+ is slow", (place / fault / "log.txt").read_text())
+        last = named[-1] if named else "?"  # a busy machine may have slowed one of the first steps
+        found = f"{same(place / fault, place / 'alone', curves=False)}, process {last} named"
         yield row(fault, f"{SAME}, process {rank} named", found, said)
 
 

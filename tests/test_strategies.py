@@ -194,6 +194,17 @@ def test_what_does_not_go_together_is_refused_with_its_cure(
     assert any(said in problem for problem in problems), problems
 
 
+def test_rows_of_weights_on_cpus_are_refused_to_a_torch_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu.Stream", type("Stream", (), {}))  # as of torch 2.6
+    model = SimpleNamespace(encoder=SimpleNamespace(can_mask=True))
+    problems = [str(one) for one in strategy_problems({"strategy": "fsdp2", "accelerator": "cpu"}, model)]
+    assert problems == [
+        f"trainer.strategy=fsdp2 needs a newer torch on CPUs: got {torch.__version__}. "
+        "Update it, or set trainer.strategy=ddp"
+    ]
+    assert not [*strategy_problems({"strategy": "fsdp2", "accelerator": "cuda"}, model)]
+
+
 @pytest.mark.parametrize(
     ("norm", "trainer", "num_problems"),
     [

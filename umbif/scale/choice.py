@@ -48,6 +48,9 @@ def strategy_problems(trainer: Mapping[str, Any], model: Any) -> Iterator[Proble
     if word.startswith(ZERO) and find_spec("deepspeed") is None:
         cure = f"Install it ({INSTALL}), or set trainer.strategy=fsdp2"
         yield Problem(f"trainer.strategy={word} needs DeepSpeed, which is not installed", cure=cure)
+    if word == "fsdp2" and trainer.get("accelerator") == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        what, cure = "trainer.strategy=fsdp2 needs a newer torch on CPUs", "Update it, or set trainer.strategy=ddp"
+        yield Problem(what, str(torch.__version__), cure)
     if word in IN_SHARDS and not model.encoder.can_mask:
         what = f"trainer.strategy={word} gathers weights with all processes, which a CNN asks for at different times"
         yield Problem(what, cure="Set trainer.strategy=ddp: it is small enough")
