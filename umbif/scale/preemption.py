@@ -17,7 +17,8 @@ from umbif.scale.ranks import any_true_later
 class Preemption(Callback):
     """Sets `trainer.received_sigterm` after the same step in all processes; Lightning ends the training there.
 
-    Each step asks, and the next one hears the answer, so that no step waits for it.
+    Each step asks, and the next one hears the answer, so that no step waits for it. Where that one validates, the
+    training ends a step later: Lightning would end the validation, and not take it up again.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class Preemption(Callback):
         self.step = trainer.global_step
         agreed, self.answer = self.answer(), any_true_later(self.asked)
         loop = trainer.fit_loop
-        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # which ending here would leave undone
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
         trainer._signal_connector.received_sigterm = agreed and (self.agreed or not validates)
         self.agreed = agreed
 
