@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from umbif import __version__
-from umbif.errors import UNEXPECTED, Problem, UmbifError, UsageError, nearest
+from umbif.errors import UNEXPECTED, Problem, Stopped, UmbifError, UsageError, nearest
 from umbif.files import refused
 from umbif.machine import is_child, is_first_here, is_launched, is_leader
 from umbif.progress import console
@@ -327,7 +327,7 @@ def main() -> None:
         answer = refused(error) if isinstance(error, OSError) else error
         if answer is None:
             unexpected(error)
-        if is_first_here() or not isinstance(answer, UsageError):  # which the processes of a machine find alike
+        if is_first_here() or not isinstance(answer, UsageError | Stopped):  # on which the processes agree
             print(f"umbif: {answer}", file=sys.stderr)
         raise SystemExit(answer.exit_code) from None
     except Exception as error:

@@ -84,7 +84,8 @@ def _run_once(arguments: Sequence[str], num_processes: int) -> list["ProcessFail
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it says is said here in words
+    for name in ("", ".agent.server.api"):  # what they say is said here in words
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=num_processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         local_addr="127.0.0.1", run_id=OWN_RUN + uuid.uuid4().hex, max_restarts=0, monitor_interval=0.2,
